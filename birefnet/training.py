@@ -1,0 +1,452 @@
+"""`birefnet train`: trains from scratch or fine-tunes, and leaves a complete model repository folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import random
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import is_tensorboard_available
+
+from birefnet import repository_folder
+from birefnet.augmentation import AugmentationSettings, size_before_crop
+from birefnet.data import BadPairError, MattingDataset, Pair, read_pairs
+from birefnet.trainer import BiRefNetTrainer
+
+
+logger = logging.getLogger(__name__)
+
+# Fields of BiRefNetConfig that shape the network: given, they mean training from scratch.
+ARCHITECTURE_FIELDS = (
+    "backbone",
+    "multi_scale_input",
+    "context_levels",
+    "squeeze_block",
+    "decoder_block",
+    "decoder_attention",
+    "decoder_channels",
+    "source_reference",
+    "gradient_reference",
+    "multi_scale_supervision",
+)
+# Fields that say how it learns: they go with fine-tuning as well.
+LEARNING_FIELDS = ("drop_path_rate", "freeze_backbone", "task", "loss_weights")
+
+PUBLISHED_LEARNING_RATES = {"dis": 1e-4, "general": 1e-5, "matting": 1e-5}
+PUBLISHED_EPOCHS = {"dis": 500, "general": 200, "matting": 150}
+FINE_TUNING_EPOCHS = 20
+DEFAULT_RESOLUTION = 1024
+
+EXAMPLES = """examples:
+  fine-tune the weights in this repository on a folder with im/ and gt/
+    birefnet train --data my_photos --output my_model --resolution 512
+  fine-tune another model, validate on its own data
+    birefnet train --model OWNER/NAME --data train/ --validation-data validation/ --output my_model --bf16
+  train a small network from scratch
+    birefnet train --backbone swin_v1_t --decoder-channels 32 --data 'train-*.parquet' --output my_model
+  go on after an interruption
+    birefnet train … (the same arguments) --resume
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    """Declares the command's options."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EXAMPLES
+    _add_data_arguments(parser.add_argument_group("data"))
+    _add_model_arguments(parser.add_argument_group("model"))
+    _add_schedule_arguments(parser.add_argument_group("training"))
+    _add_augmentation_arguments(parser.add_argument_group("augmentation"))
+    _add_output_arguments(parser.add_argument_group("output"))
+
+
+def _add_data_arguments(group):
+    group.add_argument(
+        "--data",
+        nargs="+",
+        required=True,
+        metavar="SOURCE",
+        help="folders with im/ and gt/, parquet files, globs, or Hub data sets (owner/name or owner/name:split)",
+    )
+    group.add_argument("--validation-data", nargs="+", metavar="SOURCE", help="likewise, to validate on")
+    group.add_argument(
+        "--validation-share",
+        type=float,
+        default=0.1,
+        help="share of the data that is held out to validate on where there is no --validation-data (default: 0.1)",
+    )
+    group.add_argument("--image-column", default="image", help="column of the photos in tables (default: image)")
+    group.add_argument("--mask-column", default="mask", help="column of the masks in tables (default: mask)")
+    group.add_argument(
+        "--on-bad-data",
+        choices=("skip", "stop"),
+        default="skip",
+        help="unreadable photos, masks of another size, all-black masks, losses that are not finite: report and "
+        "leave out, or stop (default: skip)",
+    )
+    group.add_argument(
+        "--cache",
+        choices=("auto", "memory", "device", "none"),
+        default="auto",
+        help="where resized photos are kept: in memory, in the memory of the training device, or nowhere "
+        "(default: auto, in memory where they fit into half of what is free)",
+    )
+
+
+def _add_model_arguments(group):
+    group.add_argument(
+        "--model", help="folder or Hub id of the model to fine-tune (default: the weights in this repository)"
+    )
+    group.add_argument("--init-config", help="config.json, or a folder with one, of a network to train from scratch")
+    for field in ARCHITECTURE_FIELDS + LEARNING_FIELDS:
+        group.add_argument(
+            f"--{field.replace('_', '-')}",
+            type=config_value,
+            default=argparse.SUPPRESS,
+            help="of the network to train from scratch" if field in ARCHITECTURE_FIELDS else "of the configuration",
+        )
+    group.add_argument("--resolution", type=int, help="side of the training pictures (default: the model's own)")
+
+
+def _add_schedule_arguments(group):
+    group.add_argument("--batch-size", type=int, default=4, help="photos in a batch on each device (default: 4)")
+    group.add_argument("--gradient-accumulation-steps", type=int, default=1, help="batches in an update (default: 1)")
+    length = group.add_mutually_exclusive_group()
+    length.add_argument(
+        "--epochs",
+        type=float,
+        help=f"passes over the data (default: {FINE_TUNING_EPOCHS} to fine-tune; from scratch what was published "
+        "for the task)",
+    )
+    length.add_argument("--max-steps", type=int, default=-1, help="number of updates, instead of --epochs")
+    group.add_argument(
+        "--last-epochs", type=int, help="epochs at the end with region-level losses (default: as published for the task)"
+    )
+    group.add_argument("--learning-rate", type=float, help="default: as published for task and batch size")
+    group.add_argument("--backbone-learning-rate", type=float, help="default: that of the rest")
+    group.add_argument(
+        "--schedule",
+        default="constant",
+        choices=("constant", "constant_with_warmup", "linear", "cosine"),
+        help="course of the learning rate (default: constant)",
+    )
+    group.add_argument("--warmup-steps", type=int, default=0, help="updates until the full learning rate (default: 0)")
+    group.add_argument("--weight-decay", type=float, default=1e-2, help="default: 0.01")
+    group.add_argument("--max-grad-norm", type=float, default=0.0, help="clips gradients to this norm (default: off)")
+    group.add_argument("--ema-decay", type=float, default=0.0, help="averages the weights, such as 0.999 (default: off)")
+    precision = group.add_mutually_exclusive_group()
+    precision.add_argument("--bf16", action="store_true", help="mixed precision in bfloat16")
+    precision.add_argument("--fp16", action="store_true", help="mixed precision in float16")
+    group.add_argument("--gradient-checkpointing", action="store_true", help="less memory for a quarter more time")
+    group.add_argument("--compile", action="store_true", help="compile the network")
+    group.add_argument("--cpu", action="store_true", help="train on the CPU even where there is a GPU")
+    group.add_argument("--seed", type=int, default=42, help="default: 42")
+
+
+def _add_augmentation_arguments(group):
+    defaults = AugmentationSettings()
+    group.add_argument("--flip", type=float, default=defaults.flip, help="probability of a flip (default: 0.5)")
+    group.add_argument(
+        "--crop", type=float, default=defaults.crop, help="smallest share of a side that crops keep (default: 1, none)"
+    )
+    group.add_argument("--rotate", type=float, default=defaults.rotate, help="probability of ±15° (default: 0.2)")
+    group.add_argument("--noise", type=float, default=defaults.noise, help="share of noisy pixels (default: 0.0015)")
+    group.add_argument(
+        "--background", type=float, default=0.0, help="probability of another, plain background (default: 0)"
+    )
+    group.add_argument("--no-color", action="store_true", help="leave brightness, contrast, saturation, sharpness")
+
+
+def _add_output_arguments(group):
+    group.add_argument("--output", required=True, type=Path, help="folder of the trained model")
+    group.add_argument(
+        "--resume",
+        nargs="?",
+        const="last",
+        metavar="CHECKPOINT",
+        help="go on from a checkpoint folder (default: the last one under --output)",
+    )
+    group.add_argument("--save-steps", type=int, help="updates between checkpoints (default: one each epoch)")
+    group.add_argument("--keep-checkpoints", type=int, default=2, help="how many checkpoints to keep (default: 2)")
+    group.add_argument("--logging-steps", type=int, default=10, help="updates between log lines (default: 10)")
+
+
+def config_value(text: str):
+    """A configuration field from the command line: JSON, or the text itself; `none` stands for null.
+
+    >>> config_value("64"), config_value("none"), config_value("concat"), config_value("false")
+    (64, None, 'concat', False)
+    """
+    if text.lower() in ("none", "true", "false"):
+        return {"none": None, "true": True, "false": False}[text.lower()]
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command; returns its exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        metrics = train(arguments)
+    except (BadPairError, FloatingPointError, OSError, ValueError) as error:
+        print(f"birefnet train: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"birefnet train: interrupted; go on with --resume, {arguments.output} is kept", file=sys.stderr)
+        return 130
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(json.dumps(metrics))
+    return 0
+
+
+def train(arguments: argparse.Namespace) -> dict[str, float]:
+    """Trains as the options say and writes the model's folder.
+
+    Returns:
+        The validation's numbers of the model in the folder (`mae`, `iou`), or nothing where nothing validates.
+    """
+    checkpoint = find_checkpoint(arguments)
+    set_seed(arguments.seed)
+    model, processor = build_model(arguments)
+    size = (processor.size["height"], processor.size["width"])
+    settings = augmentation_settings(arguments)
+    training_data, validation_data = build_datasets(arguments, size, settings)
+    trainer = BiRefNetTrainer(
+        model=model,
+        args=training_arguments(arguments, model.config.task, validation_data is not None),
+        train_dataset=training_data,
+        eval_dataset=validation_data,
+        processing_class=processor,
+        size=size,
+        augmentation=settings,
+        backbone_learning_rate=arguments.backbone_learning_rate,
+        average_decay=arguments.ema_decay,
+        on_bad_loss=arguments.on_bad_data,
+    )
+    if arguments.cache == "device":
+        training_data.pixels = training_data.pixels.to(trainer.args.device)
+    trainer.add_callback(LossScheduleCallback(arguments.last_epochs))
+    trainer.add_callback(BestModelCallback(trainer, arguments.output))
+    # The data's order has a generator of its own; augmentation and dropout must differ between processes.
+    torch.manual_seed(arguments.seed + trainer.args.process_index)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if validation_data is None:
+        save_model_folder(trainer, arguments.output)
+    trainer.save_state()
+    best = trainer.state.best_metric
+    return {} if best is None else {"best_mae": best}
+
+
+def build_model(arguments: argparse.Namespace):
+    """The network, from scratch or with its weights, and the image processor at the training resolution."""
+    from birefnet.repository.configuration_birefnet import BiRefNetConfig
+    from birefnet.repository.image_processing_birefnet import BiRefNetImageProcessor
+    from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
+
+    given = {field: value for field, value in vars(arguments).items() if field in ARCHITECTURE_FIELDS}
+    learning = {field: value for field, value in vars(arguments).items() if field in LEARNING_FIELDS}
+    if from_scratch(arguments):
+        if arguments.model:
+            options = ", ".join(f"--{field.replace('_', '-')}" for field in given) or "--init-config"
+            raise ValueError(f"--model has its own network: leave out {options} to fine-tune, or --model to start new.")
+        fields = {**given, **learning}
+        source = arguments.init_config
+        config = BiRefNetConfig.from_pretrained(source, **fields) if source else BiRefNetConfig(**fields)
+        model, processor = BiRefNetForImageSegmentation(config), BiRefNetImageProcessor()
+        default_resolution = DEFAULT_RESOLUTION
+    else:
+        source = arguments.model or repository_folder()
+        # Training keeps float32 weights; --bf16 and --fp16 compute in less.
+        model = BiRefNetForImageSegmentation.from_pretrained(source, dtype=torch.float32, **learning)
+        processor = BiRefNetImageProcessor.from_pretrained(source)
+        default_resolution = processor.size["height"]
+    side = arguments.resolution or default_resolution
+    if side % 32 or side < 32:
+        raise ValueError(f"--resolution {side} is not a multiple of 32.")
+    processor.size = {"height": side, "width": side}
+    return model, processor
+
+
+def from_scratch(arguments: argparse.Namespace) -> bool:
+    """Whether the options describe a new network."""
+    return bool(arguments.init_config) or any(field in arguments for field in ARCHITECTURE_FIELDS)
+
+
+def build_datasets(
+    arguments: argparse.Namespace, size: tuple[int, int], settings: AugmentationSettings
+) -> tuple[MattingDataset, MattingDataset | None]:
+    """Training and validation data; the latter is held out of the former where it has no source of its own."""
+    columns = (arguments.image_column, arguments.mask_column)
+    pairs = read_pairs(arguments.data, *columns)
+    if arguments.validation_data:
+        held_out = read_pairs(arguments.validation_data, *columns)
+    else:
+        pairs, held_out = split_pairs(pairs, arguments.validation_share, arguments.seed)
+    cache = {"auto": None, "none": False}.get(arguments.cache, True)
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    training_data = MattingDataset(
+        pairs, size_before_crop(size, settings.crop), arguments.on_bad_data, cache, show_progress=first
+    )
+    if not held_out:
+        return training_data, None
+    return training_data, MattingDataset(held_out, size, arguments.on_bad_data, cache, show_progress=first)
+
+
+def split_pairs(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Holds out a random share of the pairs, at least one of them unless the share is 0.
+
+    Raises:
+        ValueError: The share is not in [0, 1), or leaves nothing to train on.
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"--validation-share {share} is not at least 0 and below 1.")
+    count = max(1, round(share * len(pairs))) if share else 0
+    if count >= len(pairs):
+        raise ValueError(f"{len(pairs)} pairs cannot be split: nothing is left to train on.")
+    held_out = set(random.Random(seed).sample(range(len(pairs)), count))
+    return (
+        [pair for row, pair in enumerate(pairs) if row not in held_out],
+        [pairs[row] for row in sorted(held_out)],
+    )
+
+
+def augmentation_settings(arguments: argparse.Namespace) -> AugmentationSettings:
+    """The options of augmentation."""
+    still = dict.fromkeys(("brightness", "contrast", "saturation", "sharpness"), (1.0, 1.0))
+    return AugmentationSettings(
+        flip=arguments.flip,
+        crop=arguments.crop,
+        rotate=arguments.rotate,
+        noise=arguments.noise,
+        background=arguments.background,
+        **(still if arguments.no_color else {}),
+    )
+
+
+def training_arguments(arguments: argparse.Namespace, task: str, validates: bool) -> TrainingArguments:
+    """The `TrainingArguments`, with the published recipe of the task where the options leave something open."""
+    epochs = PUBLISHED_EPOCHS[task] if from_scratch(arguments) else FINE_TUNING_EPOCHS
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    batch = arguments.batch_size * arguments.gradient_accumulation_steps * processes
+    return TrainingArguments(
+        output_dir=str(checkpoints_folder(arguments.output)),
+        per_device_train_batch_size=arguments.batch_size,
+        per_device_eval_batch_size=arguments.batch_size,
+        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+        num_train_epochs=epochs if arguments.epochs is None else arguments.epochs,
+        max_steps=arguments.max_steps,
+        learning_rate=arguments.learning_rate or PUBLISHED_LEARNING_RATES[task] * (batch / 4) ** 0.5,
+        lr_scheduler_type=arguments.schedule,
+        warmup_steps=arguments.warmup_steps,
+        weight_decay=arguments.weight_decay,
+        max_grad_norm=arguments.max_grad_norm,
+        bf16=arguments.bf16,
+        fp16=arguments.fp16,
+        activation_checkpointing=arguments.gradient_checkpointing,
+        torch_compile=arguments.compile,
+        use_cpu=arguments.cpu,
+        seed=arguments.seed,
+        eval_strategy="epoch" if validates else "no",
+        metric_for_best_model="mae" if validates else None,
+        greater_is_better=False,
+        save_strategy="steps" if arguments.save_steps else "epoch",
+        save_steps=arguments.save_steps or 500,
+        save_total_limit=arguments.keep_checkpoints,
+        logging_steps=arguments.logging_steps,
+        # A loss that is not finite is reported with its photos by the trainer, not hidden.
+        logging_nan_inf_filter=False,
+        report_to=["tensorboard"] if is_tensorboard_available() else [],
+        remove_unused_columns=False,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=False,
+    )
+
+
+def checkpoints_folder(output: Path) -> Path:
+    """Where the states to resume from are kept, apart from the model's own files."""
+    return output / "checkpoints"
+
+
+def find_checkpoint(arguments: argparse.Namespace) -> str | None:
+    """The checkpoint to resume from, or `None` to start anew.
+
+    Raises:
+        FileNotFoundError: The named checkpoint is none.
+        ValueError: There are checkpoints of an earlier run and no --resume.
+    """
+    folder = checkpoints_folder(arguments.output)
+    # The state file is written last: without it the checkpoint is half written.
+    states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name[11:]))
+    if arguments.resume is None:
+        if states:
+            raise ValueError(f"{folder} holds an earlier run: go on with --resume, or choose another --output.")
+        return None
+    if arguments.resume == "last":
+        if not states:
+            raise FileNotFoundError(f"{folder} holds no checkpoint to resume from.")
+        return str(states[-1].parent)
+    if not (Path(arguments.resume) / "trainer_state.json").exists():
+        raise FileNotFoundError(f"{arguments.resume} is not a complete checkpoint: it lacks trainer_state.json.")
+    return arguments.resume
+
+
+class LossScheduleCallback(TrainerCallback):
+    """Sets the loss weights of every epoch: a function of the epoch, so that a resumed run continues it."""
+
+    def __init__(self, last_epochs: int | None):
+        self.last_epochs = last_epochs
+
+    def on_epoch_begin(self, args, state, control, model=None, **kwargs):
+        from birefnet.repository.loss_birefnet import loss_weights_at_epoch
+
+        task, epochs = model.config.task, state.num_train_epochs
+        last_epochs = default_last_epochs(task, epochs) if self.last_epochs is None else self.last_epochs
+        model.loss_function.weights = loss_weights_at_epoch(
+            task, int(state.epoch or 0), epochs, last_epochs, model.config.loss_weights
+        )
+
+
+def default_last_epochs(task: str, epochs: int) -> int:
+    """The published number of last epochs, or their published share of a training that is shorter."""
+    from birefnet.repository.loss_birefnet import TASK_LAST_EPOCHS
+
+    return min(TASK_LAST_EPOCHS[task], round(epochs * TASK_LAST_EPOCHS[task] / PUBLISHED_EPOCHS[task]))
+
+
+class BestModelCallback(TrainerCallback):
+    """Writes the model's folder whenever the validation's MAE is the lowest so far."""
+
+    def __init__(self, trainer: BiRefNetTrainer, output: Path):
+        self.trainer, self.output = trainer, output
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if state.best_metric is None or metrics["eval_mae"] < state.best_metric:
+            save_model_folder(self.trainer, self.output)
+
+
+def save_model_folder(trainer: BiRefNetTrainer, folder: Path):
+    """Writes weights, configuration, processor and code: all that `from_pretrained` and `birefnet cutout` need.
+
+    Everything is written beside its place first and then moved, so that an interruption leaves the former files.
+    """
+    if not trainer.args.should_save:
+        return
+    partial = folder / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    trainer.trained_model.save_pretrained(partial)
+    trainer.processing_class.save_pretrained(partial)
+    for code in Path(repository_folder()).glob("*_birefnet.py"):
+        shutil.copy(code, partial)
+    for path in partial.iterdir():
+        os.replace(path, folder / path.name)
+    partial.rmdir()

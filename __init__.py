@@ -1,0 +1,1 @@
+"""The files of the Hub repository as a Python package, `birefnet.repository`."""

@@ -1,0 +1,241 @@
+"""The reconstruction module of BiRefNet: decoder stages with a source reference and a gradient reference."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .deformable_birefnet import ATTENTION_BLOCKS
+from .layers_birefnet import convolve_and_normalize, fold_batch_norm, image_laplacian, resize
+
+
+class DecoderBlock(nn.Module):
+    """3×3 convolution, norm, ReLU, pyramid pooling, 3×3 convolution, norm; optionally with a residual."""
+
+    def __init__(self, config, in_channels: int, out_channels: int, kind: str | None = None):
+        super().__init__()
+        inner_channels = config.decoder_channels or in_channels // 4
+        self.conv_in = nn.Conv2d(in_channels, inner_channels, 3, padding=1)
+        self.bn_in = nn.BatchNorm2d(inner_channels)
+        if config.decoder_attention is not None:
+            self.dec_att = ATTENTION_BLOCKS[config.decoder_attention](inner_channels)
+        self.has_attention = config.decoder_attention is not None
+        self.conv_out = nn.Conv2d(inner_channels, out_channels, 3, padding=1)
+        self.bn_out = nn.BatchNorm2d(out_channels)
+        self.is_residual = (kind or config.decoder_block) == "residual"
+        if self.is_residual:
+            self.conv_resi = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, hidden_states: torch.Tensor, head: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Args:
+            hidden_states: (B, in channels, h, w).
+            head: (1, out channels, 1, 1), the weight of a following 1×1 convolution to apply as well.
+
+        Returns:
+            (B, out channels, h, w), or (B, 1, h, w) with a head.
+        """
+        inner = F.relu(convolve_and_normalize(hidden_states, self.conv_in, self.bn_in))
+        if self.has_attention:
+            inner = self.dec_att(inner)
+        if head is None or self.bn_out.training:
+            output = convolve_and_normalize(inner, self.conv_out, self.bn_out)
+            if self.is_residual:
+                output = output + self.conv_resi(hidden_states)
+            return output if head is None else F.conv2d(output, head)
+        # All that follows is linear, so the head goes first: one channel instead of the block's many.
+        weight, bias = fold_batch_norm(self.conv_out.weight, self.conv_out.bias, self.bn_out)
+        output = F.conv2d(inner, *apply_head(head, weight, bias), padding=1)
+        if self.is_residual:
+            output = output + F.conv2d(hidden_states, *apply_head(head, self.conv_resi.weight, self.conv_resi.bias))
+        return output
+
+
+def apply_head(head: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight (1, C, k, k) and bias (1,) of a convolution followed by the 1×1 convolution `head` without bias."""
+    head = head.flatten(1).float()  # (1, out channels)
+    combined = (head @ weight.flatten(1).float()).view(1, *weight.shape[1:])
+    return combined.to(weight.dtype), (head @ bias.float()).to(weight.dtype)
+
+
+class SourceBlock(nn.Module):
+    """Two 3×3 convolutions with nothing between them: what a decoder stage sees of the image."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1)
+        self.conv_out = nn.Conv2d(64, out_channels, 3, padding=1)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.conv_out(self.conv1(image))
+
+    def forward_with_head(self, image: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        """
+        The block followed by the 1×1 convolution `head` (1, out channels, 1, 1) without bias: (B, 3, H, W) →
+        (B, 1, H, W). Both convolutions and the head make one 5×5 convolution, 60 times less arithmetic at full size
+        and no map of 64 channels. Only the outermost pixels differ, where the zeros around the inner map count.
+        """
+        second, second_bias = apply_head(head, self.conv_out.weight, self.conv_out.bias)
+        second, first, first_bias = second.float(), self.conv1.weight.float(), self.conv1.bias.float()
+        both = F.conv_transpose2d(second, first)  # (1, 3, 5, 5): the correlation of the two kernels
+        both_bias = second_bias + (second.sum(dim=(2, 3)) @ first_bias).to(second_bias.dtype)
+        inner = F.conv2d(image, both.to(image.dtype), both_bias.to(image.dtype), padding=1)
+
+        def exact(strip):
+            hidden = self.conv1(strip)
+            return F.conv2d(hidden, second.to(hidden.dtype), second_bias.to(hidden.dtype), padding=1)
+
+        top, bottom = exact(image[:, :, :3])[:, :, :1], exact(image[:, :, -3:])[:, :, -1:]
+        left, right = exact(image[..., :3])[:, :, 1:-1, :1], exact(image[..., -3:])[:, :, 1:-1, -1:]
+        return torch.cat([top, torch.cat([left, inner, right], dim=3), bottom], dim=2)
+
+
+class LateralBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.conv(hidden_states)
+
+
+def image_to_patches(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """
+    (B, 3, H, W) → (B, 3·(H/h)·(W/w), h, w): the image cut into tiles of `size` (h, w) laid side by side as channels, in
+    the order channel, tile row, tile column. In channels-last memory.
+    """
+    batch, channels, height, width = image.shape
+    h, w = size
+    tiles = image.view(batch, channels, height // h, h, width // w, w)
+    patches = tiles.permute(0, 3, 5, 1, 2, 4).reshape(batch, h, w, channels * (height // h) * (width // w))
+    return patches.permute(0, 3, 1, 2)
+
+
+class BiRefNetDecoder(nn.Module):
+    """
+    Four stages from stride 32 to stride 4, then the full-size logits. Every stage also sees the image (the source, or
+    inward, reference); the three deeper ones are gated by what predicts the image's gradients (the target, or outward,
+    reference).
+
+    Args:
+        encoder_channels: channels of the encoder's maps, from the shallowest to the deepest.
+        needs_neck: whether these maps have one stride and a pyramid neck has to make four of it.
+    """
+
+    def __init__(self, config, encoder_channels: tuple[int, int, int, int], needs_neck: bool):
+        super().__init__()
+        self.config = config
+        self.needs_neck = needs_neck
+        e1, e2, e3, e4 = c1, c2, c3, c4 = encoder_channels
+        if needs_neck:
+            # Swin-L's channels: what the published decoder has behind a backbone of one stride.
+            c1, c2, c3, c4 = (c * (2 if config.multi_scale_input == "concat" else 1) for c in (192, 384, 768, 1536))
+            self.pyramid_neck_x4 = LateralBlock(e4, c4)
+            self.pyramid_neck_x3 = LateralBlock(e3, c3)
+            self.pyramid_neck_x2 = LateralBlock(e2, c2)
+            self.pyramid_neck_x1 = LateralBlock(e1, c1)
+
+        s5, s4, s3, s2, s1 = 0, 0, 0, 0, 0  # channels of the source reference
+        if config.source_reference is not None:
+            s5, s4, s3, s2, s1 = e4 // 8, e4 // 8, e3 // 8, e2 // 8, e1 // 8
+            tiles = 4 if config.source_reference == "patches" else 1
+            self.ipt_blk5 = SourceBlock(3 * tiles**5, s5)
+            self.ipt_blk4 = SourceBlock(3 * tiles**4, s4)
+            self.ipt_blk3 = SourceBlock(3 * tiles**3, s3)
+            self.ipt_blk2 = SourceBlock(3 * tiles**2, s2)
+            self.ipt_blk1 = SourceBlock(3, s1)
+
+        self.decoder_block4 = DecoderBlock(config, c4 + s5, c3)
+        self.decoder_block3 = DecoderBlock(config, c3 + s4, c2)
+        self.decoder_block2 = DecoderBlock(config, c2 + s3, c1)
+        self.decoder_block1 = DecoderBlock(config, c1 + s2, c1 // 2)
+        self.lateral_block4 = LateralBlock(c3, c3)
+        self.lateral_block3 = LateralBlock(c2, c2)
+        self.lateral_block2 = LateralBlock(c1, c1)
+        self.conv_out1 = nn.Sequential(nn.Conv2d(c1 // 2 + s1, 1, 1))
+
+        for stage, channels in ((4, c3), (3, c2), (2, c1)):
+            if config.multi_scale_supervision:
+                self.add_module(f"conv_ms_spvn_{stage}", nn.Conv2d(channels, 1, 1))
+            if config.gradient_reference:
+                gradient_features = nn.Sequential(nn.Conv2d(channels, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+                self.add_module(f"gdt_convs_{stage}", gradient_features)
+                self.add_module(f"gdt_convs_pred_{stage}", nn.Sequential(nn.Conv2d(16, 1, 1)))
+                self.add_module(f"gdt_convs_attn_{stage}", nn.Sequential(nn.Conv2d(16, 1, 1)))
+
+    def forward(self, features: list[torch.Tensor], image: torch.Tensor) -> tuple[torch.Tensor, dict[str, tuple]]:
+        """
+        Args:
+            features: the encoder's maps from the shallowest to the deepest.
+            image: (B, 3, H, W).
+
+        Returns:
+            The logits (B, 1, H, W), and in training the `auxiliary_logits`, `gradient_logits` and `gradient_targets` of
+            stages 4, 3, 2.
+        """
+        x1, x2, x3, x4 = self.build_pyramid(features, image) if self.needs_neck else features
+        training_outputs: dict[str, tuple] = {}
+
+        p4 = self.decoder_block4(self.see_source(x4, image, 5))
+        p4 = self.refer_to_gradient(p4, image, 4, training_outputs)
+
+        p3 = resize(p4, x3.shape[-2:]) + self.lateral_block4(x3)
+        p3 = self.decoder_block3(self.see_source(p3, image, 4))
+        p3 = self.refer_to_gradient(p3, image, 3, training_outputs)
+
+        p2 = resize(p3, x2.shape[-2:]) + self.lateral_block3(x2)
+        p2 = self.decoder_block2(self.see_source(p2, image, 3))
+        p2 = self.refer_to_gradient(p2, image, 2, training_outputs)
+
+        p1 = resize(p2, x1.shape[-2:]) + self.lateral_block2(x1)
+        # The last convolution is 1×1 and resizing is linear with weights that sum to one, so the convolution goes
+        # first: one channel is brought to full size instead of 48 to 192.
+        head, bias = self.conv_out1[0].weight, self.conv_out1[0].bias
+        from_p1, from_image = head.split([head.shape[1] - self.source_channels(1), self.source_channels(1)], dim=1)
+        p1_logits = self.decoder_block1(self.see_source(p1, image, 2), from_p1)
+        logits = resize(p1_logits, image.shape[-2:]) + bias.view(1, 1, 1, 1)
+        if self.config.source_reference is not None:
+            logits = logits + self.ipt_blk1.forward_with_head(image, from_image)
+        return logits, training_outputs
+
+    def source_channels(self, level: int) -> int:
+        return getattr(self, f"ipt_blk{level}").conv_out.out_channels if self.config.source_reference else 0
+
+    def build_pyramid(self, features: list[torch.Tensor], image: torch.Tensor) -> list[torch.Tensor]:
+        """Four maps of one stride → strides 4, 8, 16, 32 with their necks' channels."""
+        height, width = image.shape[-2:]
+        necks = (self.pyramid_neck_x1, self.pyramid_neck_x2, self.pyramid_neck_x3, self.pyramid_neck_x4)
+        sizes = [(height // stride, width // stride) for stride in (4, 8, 16, 32)]
+        # The necks are 1×1, so they commute with resizing and run at the smaller of the two sizes.
+        return [
+            resize(neck(feature), size) if size[0] > feature.shape[-2] else neck(resize(feature, size))
+            for neck, feature, size in zip(necks, features, sizes, strict=True)
+        ]
+
+    def see_source(self, hidden_states: torch.Tensor, image: torch.Tensor, level: int) -> torch.Tensor:
+        """Concatenates what `ipt_blk{level}` sees of the image at this map's size."""
+        if self.config.source_reference is None:
+            return hidden_states
+        size = hidden_states.shape[-2:]
+        source = image_to_patches(image, size) if self.config.source_reference == "patches" else resize(image, size)
+        return torch.cat([hidden_states, getattr(self, f"ipt_blk{level}")(source)], dim=1)
+
+    def refer_to_gradient(
+        self, hidden_states: torch.Tensor, image: torch.Tensor, stage: int, training_outputs: dict[str, tuple]
+    ) -> torch.Tensor:
+        """Gates a stage by its gradient features; in training adds what supervises the stage to `training_outputs`."""
+
+        def collect(name: str, value: torch.Tensor):
+            training_outputs[name] = (*training_outputs.get(name, ()), value)
+
+        if self.training and self.config.multi_scale_supervision:
+            stage_logits = getattr(self, f"conv_ms_spvn_{stage}")(hidden_states)
+            collect("auxiliary_logits", stage_logits)
+        if not self.config.gradient_reference:
+            return hidden_states
+        convolution, norm, activation = getattr(self, f"gdt_convs_{stage}")
+        gradient_features = activation(convolve_and_normalize(hidden_states, convolution, norm))
+        if self.training:
+            collect("gradient_logits", getattr(self, f"gdt_convs_pred_{stage}")(gradient_features))
+            # The target follows the stage's own prediction, without a detach, as published.
+            collect("gradient_targets", image_laplacian(image) * resize(stage_logits, image.shape[-2:]))
+        return hidden_states * torch.sigmoid(getattr(self, f"gdt_convs_attn_{stage}")(gradient_features))

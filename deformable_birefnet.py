@@ -1,0 +1,241 @@
+"""Modulated deformable convolution in plain PyTorch, and the atrous spatial pyramid pooling built from it."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .layers_birefnet import convolve_and_normalize, fold_batch_norm
+
+
+# Samples of one tile of rows. On a CPU a tile's samples should stay in the cache between being gathered and being
+# multiplied; elsewhere, and in a graph, where tiles would be unrolled, fewer and larger tiles are better.
+CPU_TILE_BYTES = 8 * 2**20
+TILE_BYTES = 512 * 2**20
+
+
+def deformable_convolution(
+    hidden_states: torch.Tensor,
+    offsets: torch.Tensor,
+    modulation: torch.Tensor,
+    weight: torch.Tensor,
+    rows: tuple[int, int] | None = None,
+) -> torch.Tensor:
+    """
+    Modulated deformable convolution (Zhu et al., https://arxiv.org/abs/1811.11168) of stride 1 that keeps the size.
+
+    A sample is the weighted sum of the four pixels around its place, zero where they lie outside of the map: a
+    weighted bag of rows of the map laid out channels-last, which `embedding_bag` sums without storing the rows. One
+    matrix product then applies the kernel.
+
+    Args:
+        hidden_states: (B, C, H, W).
+        offsets: (B, 2k², H or the number of rows, W) in pixels; Δrow and Δcolumn alternate, taps are row-major.
+        modulation: (B, k², H or the number of rows, W), the weight of each sample.
+        weight: (out channels, C, k, k), k odd.
+        rows: first and past-the-last row of the output to compute; all of them if `None`.
+
+    Returns:
+        (B, number of rows, W, out channels), channels last.
+
+    Raises:
+        ValueError: if a shape does not fit the others.
+    """
+    batch, channels, height, width = hidden_states.shape
+    out_channels, weight_channels, kernel_size, _ = weight.shape
+    first, last = rows if rows is not None else (0, height)
+    taps = kernel_size**2
+    if weight.shape[1:] != (channels, kernel_size, kernel_size) or kernel_size % 2 == 0:
+        raise ValueError(f"weight of shape {tuple(weight.shape)} is not (out, {channels}, k, k) with an odd k.")
+    if offsets.shape != (batch, 2 * taps, last - first, width):
+        raise ValueError(f"offsets have shape {tuple(offsets.shape)}, not {(batch, 2 * taps, last - first, width)}.")
+    if modulation.shape != (batch, taps, last - first, width):
+        raise ValueError(f"modulation has shape {tuple(modulation.shape)}, not {(batch, taps, last - first, width)}.")
+
+    pixels = hidden_states.permute(0, 2, 3, 1).reshape(batch * height * width, channels)
+    indices, shares = _neighbours(offsets, modulation, kernel_size, first, height)
+    samples = F.embedding_bag(indices, pixels, per_sample_weights=shares.to(pixels.dtype), mode="sum")
+    kernel = weight.permute(2, 3, 1, 0).reshape(taps * channels, out_channels)
+    return (samples.view(-1, taps * channels) @ kernel).view(batch, last - first, width, out_channels)
+
+
+def _neighbours(offsets, modulation, kernel_size, first_row, height):
+    """
+    For each sample the indices (N, 4) of the pixels around it among the B·H·W of the batch, and their shares (N, 4):
+    bilinear weight × modulation, zero outside of the map. N runs over batch, row, column and tap.
+    """
+    batch, _, rows, width = offsets.shape
+    device, padding = offsets.device, kernel_size // 2
+    # Places are computed in float32 whatever the network's precision: bfloat16 cannot tell pixel 256 from 257.
+    offsets = offsets.float().permute(0, 2, 3, 1).unflatten(-1, (kernel_size**2, 2))  # (B, rows, W, k², 2)
+    modulation = modulation.float().permute(0, 2, 3, 1)  # (B, rows, W, k²)
+    tap = torch.arange(kernel_size, dtype=torch.float32, device=device) - padding
+    row_of_pixel = torch.arange(first_row, first_row + rows, dtype=torch.float32, device=device)
+    column_of_pixel = torch.arange(width, dtype=torch.float32, device=device)
+    row = offsets[..., 0] + (row_of_pixel[:, None, None] + tap.repeat_interleave(kernel_size))
+    column = offsets[..., 1] + (column_of_pixel[:, None] + tap.repeat(kernel_size))
+
+    (top, bottom), (top_share, bottom_share) = _neighbours_on_axis(row, height)
+    (left, right), (left_share, right_share) = _neighbours_on_axis(column, width)
+    image = torch.arange(batch, device=device).view(-1, 1, 1, 1) * (height * width)
+    top, bottom = image + top * width, image + bottom * width
+    top_share, bottom_share = top_share * modulation, bottom_share * modulation
+    indices = torch.stack([top + left, top + right, bottom + left, bottom + right], dim=-1)
+    shares = torch.stack(
+        [top_share * left_share, top_share * right_share, bottom_share * left_share, bottom_share * right_share],
+        dim=-1,
+    )
+    return indices.view(-1, 4), shares.view(-1, 4)
+
+
+def _neighbours_on_axis(place, size):
+    """The two pixels around each place on an axis of `size` pixels, held inside of it, and their bilinear weights."""
+    lower_place = place.floor()
+    upper_share = place - lower_place
+    lower_share = 1 - upper_share
+    lower_share = lower_share * ((lower_place >= 0) & (lower_place <= size - 1))
+    upper_share = upper_share * ((lower_place >= -1) & (lower_place <= size - 2))
+    # Clamped before the cast: a place beyond the integers' range has no defined integer.
+    lower = lower_place.clamp(0, size - 1).long()
+    upper = (lower_place + 1).clamp(0, size - 1).long()
+    return (lower, upper), (lower_share, upper_share)
+
+
+def rows_per_tile(hidden_states: torch.Tensor, kernel_size: int) -> int:
+    """Rows of output whose samples fill a tile. It does not depend on the batch size, which may be symbolic."""
+    in_cache = hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
+    _, channels, height, width = hidden_states.shape
+    bytes_per_row = width * kernel_size**2 * channels * hidden_states.element_size()
+    return min(height, max(1, (CPU_TILE_BYTES if in_cache else TILE_BYTES) // bytes_per_row))
+
+
+class DeformableConvolution(GradientCheckpointingLayer):
+    """Deformable convolution whose offsets and modulation are convolutions of its input, both zero at the start."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
+        super().__init__()
+        self.kernel_size = kernel_size
+        padding = kernel_size // 2
+        self.offset_conv = nn.Conv2d(in_channels, 2 * kernel_size**2, kernel_size, padding=padding)
+        self.modulator_conv = nn.Conv2d(in_channels, kernel_size**2, kernel_size, padding=padding)
+        self.regular_conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, bias=False)
+
+    def offsets_and_modulation(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, 2k², H, W) in pixels and (B, k², H, W) in [0, 2], by one convolution."""
+        weight = torch.cat([self.offset_conv.weight, self.modulator_conv.weight])
+        bias = torch.cat([self.offset_conv.bias, self.modulator_conv.bias])
+        both = F.conv2d(hidden_states, weight, bias, padding=self.kernel_size // 2)
+        offsets, modulator = both.split([2 * self.kernel_size**2, self.kernel_size**2], dim=1)
+        return offsets, 2 * torch.sigmoid(modulator.float())
+
+    def forward(self, hidden_states: torch.Tensor, weight: torch.Tensor | None = None, finish=None) -> torch.Tensor:
+        """
+        Args:
+            hidden_states: (B, C, H, W).
+            weight: used instead of the module's own.
+            finish: applied to every tile (B, rows, W, out channels) of the result while it is in the cache.
+        """
+        weight = self.regular_conv.weight if weight is None else weight
+        offsets, modulation = self.offsets_and_modulation(hidden_states)
+        height, step = hidden_states.shape[2], rows_per_tile(hidden_states, self.kernel_size)
+        tiles = []
+        for first in range(0, height, step):
+            rows = slice(first, min(first + step, height))
+            tile = deformable_convolution(
+                hidden_states, offsets[:, :, rows], modulation[:, :, rows], weight, (rows.start, rows.stop)
+            )
+            tiles.append(tile if finish is None else finish(tile))
+        return torch.cat(tiles, dim=1).permute(0, 3, 1, 2)  # in channels-last memory
+
+
+class DeformableBranch(nn.Module):
+    """Deformable convolution, norm, ReLU, and this branch's share of the 1×1 convolution that fuses the branches."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
+        super().__init__()
+        self.atrous_conv = DeformableConvolution(in_channels, out_channels, kernel_size)
+        self.bn = nn.BatchNorm2d(out_channels)
+
+    def forward(self, hidden_states: torch.Tensor, fusion: torch.Tensor) -> torch.Tensor:
+        if self.bn.training:  # the norm's statistics need the whole map
+            return F.conv2d(F.relu(self.bn(self.atrous_conv(hidden_states))), fusion)
+        weight, bias = fold_batch_norm(self.atrous_conv.regular_conv.weight, None, self.bn)
+        fusion = fusion.flatten(1).t()  # (branch channels, out channels)
+        return self.atrous_conv(hidden_states, weight, lambda tile: F.relu(tile + bias) @ fusion)
+
+
+class AtrousBranch(nn.Module):
+    """The same with an ordinary dilated convolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, dilation: int):
+        super().__init__()
+        padding = dilation * (kernel_size // 2)
+        self.atrous_conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False
+        )
+        self.bn = nn.BatchNorm2d(out_channels)
+
+    def forward(self, hidden_states: torch.Tensor, fusion: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(F.relu(convolve_and_normalize(hidden_states, self.atrous_conv, self.bn)), fusion)
+
+
+class AtrousSpatialPyramidPooling(nn.Module):
+    """
+    Branches of growing reach and a globally pooled one, fused by a 1×1 convolution. The convolution's weight is split
+    among the branches and their results are added, so that the concatenation (1280 channels) never exists.
+    """
+
+    branch_channels = 256
+
+    def __init__(self, in_channels: int, out_channels: int | None = None):
+        super().__init__()
+        out_channels = out_channels or in_channels
+        self.global_avg_pool = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(in_channels, self.branch_channels, 1, bias=False),
+            nn.BatchNorm2d(self.branch_channels),
+            nn.ReLU(),
+        )
+        self.conv1 = nn.Conv2d(5 * self.branch_channels, out_channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.dropout = nn.Dropout(0.5)
+
+    def branches(self) -> list[nn.Module]:
+        raise NotImplementedError
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) → (B, out channels, H, W)
+        *fusions, pooled_fusion = self.conv1.weight.split(self.branch_channels, dim=1)
+        # The pooled branch is constant over the map, and so is what it adds.
+        fused = F.conv2d(self.global_avg_pool(hidden_states), pooled_fusion)
+        for branch, fusion in zip(self.branches(), fusions, strict=True):
+            fused = fused + branch(hidden_states, fusion)
+        return self.dropout(F.relu(self.bn1(fused)))
+
+
+class ASPPDeformable(AtrousSpatialPyramidPooling):
+    """Pyramid pooling over deformable convolutions of kernel sizes 1, 1, 3 and 7."""
+
+    def __init__(self, in_channels: int, out_channels: int | None = None):
+        super().__init__(in_channels, out_channels)
+        self.aspp1 = DeformableBranch(in_channels, self.branch_channels, 1)
+        self.aspp_deforms = nn.ModuleList(DeformableBranch(in_channels, self.branch_channels, k) for k in (1, 3, 7))
+
+    def branches(self) -> list[nn.Module]:
+        return [self.aspp1, *self.aspp_deforms]
+
+
+class ASPP(AtrousSpatialPyramidPooling):
+    """Pyramid pooling over a 1×1 and three 3×3 convolutions of dilations 6, 12 and 18."""
+
+    def __init__(self, in_channels: int, out_channels: int | None = None):
+        super().__init__(in_channels, out_channels)
+        self.aspp1 = AtrousBranch(in_channels, self.branch_channels, 1, dilation=1)
+        self.aspp2 = AtrousBranch(in_channels, self.branch_channels, 3, dilation=6)
+        self.aspp3 = AtrousBranch(in_channels, self.branch_channels, 3, dilation=12)
+        self.aspp4 = AtrousBranch(in_channels, self.branch_channels, 3, dilation=18)
+
+    def branches(self) -> list[nn.Module]:
+        return [self.aspp1, self.aspp2, self.aspp3, self.aspp4]
+
+
+ATTENTION_BLOCKS = {"aspp_deformable": ASPPDeformable, "aspp": ASPP}

@@ -1,0 +1,244 @@
+"""BiRefNet: Bilateral Reference for High-Resolution Dichotomous Image Segmentation (https://arxiv.org/abs/2401.03407)."""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput, logging
+
+from .backbone_birefnet import WindowAttention, create_backbone, relative_position_index
+from .configuration_birefnet import BiRefNetConfig
+from .decoder_birefnet import BiRefNetDecoder, DecoderBlock
+from .deformable_birefnet import ATTENTION_BLOCKS, DeformableConvolution
+from .layers_birefnet import resize
+from .loss_birefnet import BiRefNetLoss, task_loss_weights
+
+
+if TYPE_CHECKING:  # never run: names the files that have to travel with the model when it is saved or pushed
+    from .image_processing_birefnet import BiRefNetImageProcessor  # noqa: F401
+    from .pipeline_birefnet import BiRefNetPipeline  # noqa: F401
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class BiRefNetImageSegmentationOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.Tensor` of shape `(1,)`, returned when `labels` are given):
+            In training all the losses of the task; in evaluation the pixel losses of `logits` alone.
+        logits (`torch.Tensor` of shape `(B, 1, H, W)`):
+            The matte is their sigmoid.
+        hidden_states (`tuple[torch.Tensor]`, returned with `output_hidden_states=True`):
+            The encoder's four maps, from the shallowest to the deepest, the context joined to the deepest.
+        loss_terms (`dict[str, torch.Tensor]`, returned when `labels` are given):
+            The terms of `loss`, weights included, detached.
+        auxiliary_logits (`tuple[torch.Tensor]`, in training with `multi_scale_supervision`):
+            Logits (B, 1, h, w) of stages 4, 3, 2 at strides 32, 16, 8.
+        gradient_logits, gradient_targets (`tuple[torch.Tensor]`, in training with `gradient_reference`):
+            The predicted gradients (B, 1, h, w) of stages 4, 3, 2 and their targets (B, 1, H, W), before the sigmoid.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    loss_terms: dict[str, torch.Tensor] | None = None
+    auxiliary_logits: tuple[torch.Tensor, ...] | None = None
+    gradient_logits: tuple[torch.Tensor, ...] | None = None
+    gradient_targets: tuple[torch.Tensor, ...] | None = None
+
+
+class BiRefNetPreTrainedModel(PreTrainedModel):
+    config_class = BiRefNetConfig
+    base_model_prefix = ""
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+    # Modules that use the parameters of their children directly have to stay on one device.
+    _no_split_modules = ["SwinBlock", "PatchMerging", "DecoderBlock", "ASPPDeformable", "ASPP", "BiRefNetDecoder"]
+    _supports_sdpa = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        """As the published implementation: Swin's own initialisation, PyTorch's defaults for convolutions."""
+        if isinstance(module, WindowAttention):
+            init.trunc_normal_(module.relative_position_bias_table, std=0.02)
+            init.copy_(module.relative_position_index, relative_position_index(module.window_size))
+        elif isinstance(module, nn.Linear):
+            init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.bias is not None:
+                bound = 1 / math.sqrt(module.weight[0].numel())
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
+            super()._init_weights(module)
+        elif isinstance(module, DeformableConvolution):  # comes after its own convolutions
+            for convolution in (module.offset_conv, module.modulator_conv):
+                init.zeros_(convolution.weight)
+                init.zeros_(convolution.bias)
+        elif hasattr(module, "init_non_persistent_buffers"):  # timm's: lost on the meta device
+            module.init_non_persistent_buffers()
+
+    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs):
+        super()._set_gradient_checkpointing(enable, **kwargs)
+        if hasattr(self.bb, "set_grad_checkpointing"):
+            self.bb.set_grad_checkpointing(enable)
+
+
+class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
+    """
+    Separates the foreground of a picture from its background: a backbone, a squeeze block, and a decoder with a
+    bilateral reference.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from PIL import Image
+    >>> from transformers import AutoImageProcessor, AutoModelForImageSegmentation
+
+    >>> model = AutoModelForImageSegmentation.from_pretrained("path/to/this/folder", trust_remote_code=True).eval()
+    >>> processor = AutoImageProcessor.from_pretrained("path/to/this/folder", trust_remote_code=True)
+    >>> photo = Image.open("photo.jpg")
+    >>> with torch.inference_mode():
+    ...     outputs = model(**processor(photo, return_tensors="pt"))
+    >>> matte = processor.post_process_alpha_matte(outputs, target_sizes=[photo.size[::-1]])[0]  # (height, width)
+    ```
+    """
+
+    def __init__(self, config: BiRefNetConfig):
+        super().__init__(config)
+        self.bb, channels, has_one_stride = create_backbone(config)
+        if config.multi_scale_input == "concat":
+            channels = tuple(2 * c for c in channels)
+        context_channels = sum(channels) if config.context_levels else channels[-1]
+        if config.squeeze_block is not None:
+            self.squeeze_module = nn.Sequential(create_squeeze_block(config, context_channels, channels[-1]))
+        self.decoder = BiRefNetDecoder(config, channels, needs_neck=has_one_stride)
+        self.loss_function = BiRefNetLoss(task_loss_weights(config.task, config.loss_weights))
+        if config.freeze_backbone:
+            self.bb.requires_grad_(False)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BiRefNetImageSegmentationOutput | tuple:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`):
+                Images normalised with ImageNet's mean and standard deviation; H and W are multiples of 32. They are
+                cast to the weights' dtype.
+            labels (`torch.Tensor` of shape `(B, 1, H, W)` or `(B, H, W)`, *optional*):
+                Masks or mattes in [0, 1].
+            output_hidden_states (`bool`, *optional*):
+                Whether to return the encoder's maps.
+            return_dict (`bool`, *optional*):
+                Whether to return a [`BiRefNetImageSegmentationOutput`] instead of a tuple.
+
+        Raises:
+            ValueError: if a shape or a value is not of these.
+        """
+        check_pixel_values(pixel_values)
+        if labels is not None:
+            labels = check_labels(labels, pixel_values)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        pixel_values = pixel_values.to(self.dtype)
+
+        x1, x2, x3, x4 = features = self.encode(pixel_values)
+        if self.config.squeeze_block is not None:
+            x4 = self.squeeze_module(x4)
+        logits, training_outputs = self.decoder([x1, x2, x3, x4], pixel_values)
+
+        loss = loss_terms = None
+        if labels is not None:
+            loss, loss_terms = self.loss_function(
+                [*training_outputs.get("auxiliary_logits", ()), logits],
+                labels,
+                training_outputs.get("gradient_logits"),
+                training_outputs.get("gradient_targets"),
+            )
+        output = BiRefNetImageSegmentationOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=tuple(features) if output_hidden_states else None,
+            loss_terms=loss_terms,
+            **training_outputs,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def encode(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        """(B, 3, H, W) → the backbone's four maps at both scales, and the others' context joined to the deepest."""
+        x1, x2, x3, x4 = self.extract_features(pixel_values)
+        if self.config.context_levels:
+            size = x4.shape[-2:]
+            x4 = torch.cat([resize(x1, size), resize(x2, size), resize(x3, size), x4], dim=1)
+        return [x1, x2, x3, x4]
+
+    def extract_features(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        features = self.bb(pixel_values)
+        if self.config.multi_scale_input is None:
+            return list(features)
+        height, width = pixel_values.shape[-2:]
+        half_features = self.bb(resize(pixel_values, (height // 2, width // 2)))
+        half_features = [resize(half, full.shape[-2:]) for half, full in zip(half_features, features, strict=True)]
+        if self.config.multi_scale_input == "add":
+            return [full + half for full, half in zip(features, half_features, strict=True)]
+        return [torch.cat([full, half], dim=1) for full, half in zip(features, half_features, strict=True)]
+
+
+def create_squeeze_block(config: BiRefNetConfig, in_channels: int, out_channels: int) -> nn.Module:
+    if config.squeeze_block in ATTENTION_BLOCKS:
+        return ATTENTION_BLOCKS[config.squeeze_block](in_channels, out_channels)
+    return DecoderBlock(config, in_channels, out_channels, config.squeeze_block)
+
+
+def check_pixel_values(pixel_values: torch.Tensor):
+    shape = tuple(pixel_values.shape)
+    if pixel_values.ndim != 4 or shape[1] != 3:
+        raise ValueError(f"pixel_values have shape {shape}; allowed is (batch, 3, height, width).")
+    if shape[0] == 0:
+        raise ValueError(f"pixel_values have shape {shape}: the batch is empty; at least one image is needed.")
+    if shape[2] % 32 or shape[3] % 32 or shape[2] == 0 or shape[3] == 0:
+        raise ValueError(f"pixel_values have height {shape[2]} and width {shape[3]}; both must be multiples of 32.")
+    if not pixel_values.is_floating_point():
+        raise ValueError(f"pixel_values have dtype {pixel_values.dtype}; allowed are floating-point dtypes.")
+
+
+def check_labels(labels: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Labels as (B, 1, H, W) in floating point."""
+    shape = tuple(labels.shape)
+    if labels.ndim == 3:
+        labels = labels.unsqueeze(1)
+    batch, _, height, width = pixel_values.shape
+    if tuple(labels.shape) != (batch, 1, height, width):
+        allowed = f"{(batch, 1, height, width)} or {(batch, height, width)}"
+        raise ValueError(f"labels have shape {shape}; allowed for these pixel_values is {allowed}.")
+    labels = labels if labels.is_floating_point() else labels.float()
+    # Reading the values would break a compiled graph, so there they are taken as they come.
+    if not torch.compiler.is_compiling():
+        lowest, highest = labels.aminmax()
+        if not (lowest >= 0 and highest <= 1):  # also true of NaN
+            raise ValueError(f"labels lie in [{lowest:g}, {highest:g}]; allowed is [0, 1].")
+    return labels
+
+
+BiRefNetForImageSegmentation.register_for_auto_class("AutoModelForImageSegmentation")
+
+__all__ = ["BiRefNetForImageSegmentation", "BiRefNetImageSegmentationOutput", "BiRefNetPreTrainedModel"]

@@ -1,0 +1,163 @@
+"""Photos through decoding, network and writing: the three run at the same time, a bounded number of photos apart."""
+
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+
+from birefnet.cutout_jobs import Job, Report
+from birefnet.photo_files import encode_picture, read_photo, write_whole
+
+
+def cut_out_photos(
+    jobs: list[Job], remover, batch_size: int, picture_format: str, overwrite: bool = False, **options
+) -> Iterator[Report]:
+    """
+    Cuts out photo after photo and reports each when it is done, in the order of the jobs.
+
+    The network runs in the calling thread; other threads decode the photos ahead of it, and finish and write those
+    behind it. An error is kept to the photo that it concerns.
+
+    Args:
+        jobs: the photos, and where their results go.
+        remover: a `BiRefNetPipeline`.
+        batch_size: photos per call of the network.
+        picture_format: `"png"`, `"webp"` or `"jpeg"`.
+        overwrite: whether results that have appeared since the jobs were planned are replaced.
+        options: those of the pipeline's call, such as `return_mask` and `background`.
+    """
+    stages = _Stages(remover, batch_size, picture_format, overwrite, options)
+    count = min(4, os.cpu_count() or 1)
+    with _threads(count, "decode") as decoders, _threads(count, "finish") as finishers:
+        decoded = bounded_map(decoders, stages.decode, jobs, ahead=batch_size + count)
+        computed = stages.run_network(decoded)
+        yield from bounded_map(finishers, stages.finish, computed, ahead=count + 1)
+
+
+@contextmanager
+def _threads(count: int, name: str) -> Iterator[Executor]:
+    executor = ThreadPoolExecutor(count, thread_name_prefix=name)
+    try:
+        yield executor
+    finally:  # also on Ctrl-C: what runs is completed (a result is written whole), what waits is dropped
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def bounded_map(executor: Executor, function: Callable, items: Iterable, ahead: int) -> Iterator:
+    """
+    `map(function, items)` in an executor's threads, in order. At most `ahead` results are in work or waiting at any
+    time, unlike with `executor.map`, which takes all the items at once.
+    """
+    pending = deque()
+    for item in items:
+        pending.append(executor.submit(function, item))
+        while pending and (len(pending) >= ahead or pending[0].done()):
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+@dataclass
+class _PhotoInWork:
+    """What travels from stage to stage. One whose report has an error passes the remaining stages untouched."""
+
+    job: Job
+    report: Report
+    data: dict | None = None  # the pipeline's inputs, later its outputs
+    encoder_options: dict | None = None
+
+
+class _Stages:
+    def __init__(self, remover, batch_size: int, picture_format: str, overwrite: bool, options: dict):
+        self.remover = remover
+        self.batch_size = batch_size
+        self.picture_format = picture_format
+        self.overwrite = overwrite
+        self.options = options
+        # A mask needs no more of a photo than the network sees; a cut-out needs all of its pixels.
+        self.sufficient_side = _draft_side(remover.image_processor) if options.get("return_mask") else None
+
+    def decode(self, job: Job) -> _PhotoInWork:
+        photo = _PhotoInWork(job, Report(job.source.name))
+        with _accounted([photo]):
+            decoded = read_photo(job.source, self.sufficient_side)
+            photo.report.size, photo.encoder_options = decoded.size, decoded.encoder_options
+            photo.data = self.remover.preprocess(decoded.image)
+            photo.data["target_size"] = decoded.size[::-1]
+        return photo
+
+    def run_network(self, photos: Iterator[_PhotoInWork]) -> Iterator[_PhotoInWork]:
+        """Batches of `batch_size`. One that fails is run again photo by photo, for the sake of the sound ones."""
+        while batch := list(islice(photos, self.batch_size)):
+            sound = [photo for photo in batch if photo.report.error is None]
+            if not self._forward(sound) and len(sound) > 1:
+                for photo in sound:
+                    photo.report.error = None
+                    self._forward([photo])
+            yield from batch
+
+    def _forward(self, photos: list[_PhotoInWork]) -> bool:
+        """Replaces the photos' inputs by outputs; False if that failed."""
+        if not photos:
+            return True
+        with _accounted(photos):
+            outputs = self.remover.forward([photo.data for photo in photos])
+            for photo, output in zip(photos, outputs, strict=True):
+                photo.data = output
+        return photos[0].report.error is None
+
+    def finish(self, photo: _PhotoInWork) -> Report:
+        if photo.report.error is None:
+            with _accounted([photo]):
+                picture = self.remover.postprocess(photo.data, **self.options)
+                encoded = encode_picture(picture, self.picture_format, photo.encoder_options)
+                self._write(encoded, photo)
+        return photo.report
+
+    def _write(self, encoded: bytes, photo: _PhotoInWork) -> None:
+        output = photo.job.output
+        if output is None:
+            sys.stdout.buffer.write(encoded)
+            sys.stdout.buffer.flush()
+            return
+        photo.report.output = str(output)
+        if os.path.exists(output) and not self.overwrite:
+            photo.report.kept = True
+        else:
+            write_whole(encoded, output)
+
+
+def _draft_side(image_processor) -> int | None:
+    """
+    Side from which on a photo holds all that a fixed-size processor keeps of it: twice the network's, since a JPEG
+    decoded at half of its size is not quite as sharp as one that is resized to it.
+    """
+    if image_processor.do_dynamic_resize:
+        return None
+    return 2 * max(image_processor.size["height"], image_processor.size["width"])
+
+
+@contextmanager
+def _accounted(photos: list[_PhotoInWork]) -> Iterator[None]:
+    """Adds the time spent inside to the photos' reports, and the error if there was one."""
+    start = time.perf_counter()
+    error = None
+    try:
+        yield
+    except Exception as raised:
+        error = _in_one_line(raised)
+    share = (time.perf_counter() - start) / len(photos)
+    for photo in photos:
+        photo.report.seconds = round(photo.report.seconds + share, 4)
+        photo.report.error = error
+
+
+def _in_one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,145 @@
+"""The "background-removal" pipeline: a photo in, its subject on a transparent background (or the soft matte) out."""
+
+import os
+
+import numpy as np
+import torch
+from PIL import Image, ImageColor
+from torch.utils.data import DataLoader
+from transformers import Pipeline
+from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
+from transformers.utils import ModelOutput
+
+from .image_processing_birefnet import load_photo
+from .matting_birefnet import adjust_matte, composite, estimate_foreground
+
+
+MATTE_EDITS = {"sensitivity", "threshold", "grow", "feather", "invert"}
+POSTPROCESS_ARGUMENTS = {"return_mask", "background", "refine_foreground"} | MATTE_EDITS
+
+
+class BiRefNetPipeline(Pipeline):
+    """
+    Background removal with a BiRefNet model.
+
+    Example:
+
+    ```python
+    >>> from transformers import pipeline
+
+    >>> remover = pipeline("background-removal", model="path/to/this/folder", trust_remote_code=True)
+    >>> cut_out = remover("photo.jpg")  # PIL image, mode RGBA, of the photo's size
+    >>> matte = remover("photo.jpg", return_mask=True)  # PIL image, mode L
+    >>> on_white = remover(["a.jpg", "b.jpg"], batch_size=2, background="white")  # list of PIL images, mode RGB
+    ```
+    """
+
+    _load_processor = False
+    _load_image_processor = True
+    _load_video_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = False
+
+    def __call__(self, inputs, **kwargs):
+        """
+        Cut the subjects out of one photo or several.
+
+        Args:
+            inputs (`str`, `os.PathLike`, `PIL.Image.Image`, array, tensor, or a list, generator or dataset of those):
+                Photos, or their paths or URLs. The EXIF orientation is applied.
+            return_mask (`bool`, *optional*, defaults to `False`):
+                Return the soft matte alone (mode L, 0 to 255) instead of the cut-out.
+            background (`str`, `tuple[int, int, int]` or `PIL.Image.Image`, *optional*):
+                `None` or `"transparent"` gives an RGBA cut-out; a colour (name, `"#rrggbb"` or a tuple of 0 to 255) or
+                a picture (scaled to cover the photo, and cropped) gives an RGB photo on that background.
+            refine_foreground (`bool`, *optional*, defaults to `True`):
+                Estimate the subject's own colours where the matte is soft, which removes the old background's halo.
+            threshold (`float`, *optional*), sensitivity (`float`, *optional*), grow (`int`, *optional*), feather
+            (`float`, *optional*), invert (`bool`, *optional*):
+                Edits of the matte, in the terms of `adjust_matte`.
+            batch_size (`int`, *optional*, defaults to 1):
+                Photos per call of the network. Photos that the processor leaves at different sizes are run apart.
+            num_workers (`int`, *optional*, defaults to 0):
+                Processes that decode and resize ahead of the network.
+            timeout (`float`, *optional*):
+                Seconds to wait for a photo from the web.
+
+        Returns:
+            `PIL.Image.Image` for one photo, a list of them for a list, an iterator for a generator or dataset; each of
+            its photo's upright size.
+
+        Raises:
+            TypeError: for an argument that does not exist.
+            ValueError: for a value out of its range, or a photo that cannot be read.
+        """
+        return super().__call__(inputs, **kwargs)
+
+    def _sanitize_parameters(self, timeout=None, local_files_only=None, **postprocess_parameters):
+        # `local_files_only` is `pipeline()`'s own, which hands it on.
+        if unknown := postprocess_parameters.keys() - POSTPROCESS_ARGUMENTS:
+            allowed = sorted(POSTPROCESS_ARGUMENTS | {"batch_size", "num_workers", "timeout"})
+            raise TypeError(f"Unknown arguments {sorted(unknown)}; this pipeline takes {allowed}.")
+        return ({} if timeout is None else {"timeout": timeout}), {}, postprocess_parameters
+
+    def run_single(self, inputs, preprocess_params, forward_params, postprocess_params):
+        return next(self.get_iterator([inputs], 0, 1, preprocess_params, forward_params, postprocess_params))
+
+    def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params):
+        # Own batching, since transformers' would concatenate photos of different sizes and keep no PIL image.
+        dataset_class = PipelineDataset if hasattr(inputs, "__len__") else PipelineIterator
+        dataset = dataset_class(inputs, self.preprocess, preprocess_params)
+        for items in DataLoader(dataset, num_workers=num_workers, batch_size=batch_size, collate_fn=list):
+            for outputs in self.forward(items, **forward_params):
+                yield self.postprocess(outputs, **postprocess_params)
+
+    def preprocess(self, photo, timeout=None) -> dict:
+        """Photo -> `pixel_values` (1, 3, height, width) for the network and the upright `photo` itself (RGB)."""
+        photo = load_photo(photo, timeout=timeout)
+        pixel_values = self.image_processor(photo, return_tensors="pt")["pixel_values"]
+        return {"pixel_values": pixel_values, "photo": photo, "target_size": (photo.height, photo.width)}
+
+    def _forward(self, items: list[dict]) -> list[ModelOutput]:
+        """One network call per size among the items; the order of the items is kept."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, item in enumerate(items):
+            groups.setdefault(tuple(item["pixel_values"].shape[-2:]), []).append(index)
+        outputs: list[ModelOutput | None] = [None] * len(items)
+        for indices in groups.values():
+            logits = self.model(torch.cat([items[index]["pixel_values"] for index in indices])).logits  # (n, 1, h, w)
+            for index, logit in zip(indices, logits.split(1), strict=True):
+                kept = {key: items[index][key] for key in ("photo", "target_size")}
+                outputs[index] = ModelOutput(logits=logit, **kept)
+        return outputs
+
+    def postprocess(
+        self, outputs, return_mask=False, background=None, refine_foreground=True, **matte_edits
+    ) -> Image.Image:
+        """Logits to the matte at the photo's size, and on to the picture that was asked for."""
+        matte = self.image_processor.post_process_alpha_matte(outputs, target_sizes=[outputs["target_size"]])[0]
+        matte = adjust_matte(matte.to(self.device)[None], **matte_edits)  # (1, H, W)
+        if return_mask:
+            return to_picture(matte)
+        colours = torch.from_numpy(np.array(outputs["photo"])).to(self.device).permute(2, 0, 1) / 255  # (3, H, W)
+        if refine_foreground:
+            colours = estimate_foreground(colours, matte)
+        return to_picture(composite(colours, matte, load_background(background)))
+
+
+def load_background(background) -> tuple[int, ...] | Image.Image | None:
+    """`None` for a transparent background, else what `composite` takes; reads paths and URLs."""
+    if background is None or background == "transparent":
+        return None
+    if isinstance(background, os.PathLike):
+        return load_photo(background)
+    if isinstance(background, str):
+        try:
+            return ImageColor.getrgb(background)[:3]
+        except ValueError:
+            return load_photo(background)
+    return background
+
+
+def to_picture(pixels: torch.Tensor) -> Image.Image:
+    """(channels, H, W) in [0, 1] to a PIL image: L for one channel, RGB for three, RGBA for four."""
+    pixels = pixels.mul(255).round_().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else np.ascontiguousarray(pixels))

@@ -84,6 +84,18 @@ def measure(matte: np.ndarray, mask: np.ndarray) -> dict[str, float | np.ndarray
     return _published_measures(matte, mask) | _own_measures(matte, mask)
 
 
+def measure_pair(pair: tuple[np.ndarray, np.ndarray]) -> dict[str, float | np.ndarray]:
+    """`measure` of a tuple of matte and mask, for `map`."""
+    return measure(*pair)
+
+
+def use_one_thread():
+    """Keeps OpenCV to one thread, in each of several processes that measure at once."""
+    import cv2
+
+    cv2.setNumThreads(1)
+
+
 def _published_measures(matte: np.ndarray, mask: np.ndarray) -> dict[str, float | np.ndarray]:
     import py_sod_metrics as published
 

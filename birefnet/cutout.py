@@ -11,10 +11,11 @@ import math
 import os
 import sys
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
-from PIL import ImageColor
+from PIL import Image, ImageColor
 
 from birefnet import repository_folder
 from birefnet.command_line import CommandError, UsageError
@@ -157,6 +158,8 @@ def _resolution(text: str) -> str | tuple[int, int]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs `birefnet cutout` and returns its exit code."""
+    # Pillow warns from 90 megapixels on, which professional cameras reach, and refuses twice as many.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     background = _read_background(arguments.background)
     jobs, reports = plan_jobs(arguments)
     with _Reporter(arguments, total=len(jobs) + len(reports)) as reporter:

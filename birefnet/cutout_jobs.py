@@ -93,7 +93,8 @@ def _output_of(photo: PhotoSource, arguments: argparse.Namespace, single_output:
 
 def _settle(jobs: list[Job], arguments: argparse.Namespace, reports: list[Report]) -> list[Job]:
     """The jobs that are to be done; appends a report for each other one."""
-    photos = {_identity(job.source.path) for job in jobs if job.source.path is not None} - {None}
+    originals = [job.source.path for job in jobs if job.source.path is not None] + [Path(arguments.background or "")]
+    photos = {_identity(path) for path in originals} - {None}
     taken: dict[str, str] = {}
     remaining = []
     for job in jobs:

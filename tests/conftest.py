@@ -1,0 +1,40 @@
+"""What several test modules share: a complete model folder that is small enough for tests."""
+
+import pytest
+
+
+TINY_CONFIG = {
+    "backbone": "test_resnet",  # one of timm's backbones made for tests
+    "multi_scale_input": None,
+    "context_levels": 0,
+    "squeeze_block": None,
+    "decoder_attention": None,
+    "decoder_channels": 8,
+    "source_reference": "image",
+    "gradient_reference": False,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory):
+    """A folder as users have it (code, configuration, weights, processor): half a million random weights, 64 x 64."""
+    import torch
+
+    pytest.importorskip("timm")
+
+    from birefnet.repository.configuration_birefnet import BiRefNetConfig
+    from birefnet.repository.image_processing_birefnet import BiRefNetImageProcessor
+    from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
+
+    folder = tmp_path_factory.mktemp("tiny")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = BiRefNetForImageSegmentation(BiRefNetConfig(**TINY_CONFIG)).eval()
+    with torch.no_grad():  # so that the random network's mattes reach from 0 to 1
+        logits = model(torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))).logits
+        head = model.decoder.conv_out1[0]
+        head.weight *= 4 / logits.std()
+        head.bias.copy_((head.bias - logits.mean()) * 4 / logits.std())
+    model.save_pretrained(folder)
+    BiRefNetImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder)
+    return folder

@@ -52,8 +52,8 @@ def read_pairs(sources: Sequence[str | Path], image_column: str = "image", mask_
     """Lists the pairs of several sources, joined in the given order.
 
     Args:
-        sources: Each one a folder that holds `im/` and `gt/`, a parquet file, a glob of either, or the id of a data set
-            on the Hub (`owner/name`, or `owner/name:split`; the split `train` where none is named).
+        sources: Each one a folder that holds `im/` and `gt/`, a parquet file, a glob of either, or the id of a data
+            set on the Hub (`owner/name`, or `owner/name:split`; the split `train` where none is named).
         image_column: The column of the photos in parquet files and Hub data sets.
         mask_column: The column of the masks there.
 
@@ -107,10 +107,10 @@ def _pictures_by_stem(folder: Path) -> dict[str, Path]:
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings and path.name[0] != ".")
     stems = [path.relative_to(folder).with_suffix("").as_posix() for path in files]
     counts = Counter(stems)
-    twice = [str(path) for path, stem in zip(files, stems) if counts[stem] > 1]
+    twice = [str(path) for path, stem in zip(files, stems, strict=True) if counts[stem] > 1]
     if twice:
         raise ValueError(f"{folder}: several files share one name and cannot be told apart: {_listed(twice)}")
-    return dict(zip(stems, files))
+    return dict(zip(stems, files, strict=True))
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -55,6 +55,7 @@ class BiRefNetTrainer(Trainer):
         self.augmentation = augmentation or AugmentationSettings()
         self.backbone_learning_rate = backbone_learning_rate
         self.on_bad_loss = on_bad_loss
+        self.bad_names: list[str] = []
         self.average = self._new_average(average_decay) if average_decay else None
         self.loss_terms: dict[str, torch.Tensor | float] = defaultdict(float)
         self.loss_terms_steps = 0
@@ -68,6 +69,13 @@ class BiRefNetTrainer(Trainer):
     def trained_model(self):
         """The model that validation measures: the averaged one where an average is kept."""
         return self.model if self.average is None else self.average.module
+
+    def sample_matte(self, row: int) -> torch.Tensor:
+        """A picture of a validation photo, its mask and its matte side by side: (3, H, 3·W) in [0, 1]."""
+        batch = self.eval_dataset[row]
+        matte = self._predict(self.trained_model.eval(), batch["pixel_values"])[0].cpu()
+        photo, mask = (resize_batch(batch[key] / 255, self.size)[0] for key in ("pixel_values", "labels"))
+        return torch.cat([photo, mask.expand(3, -1, -1), matte.expand(3, -1, -1)], dim=-1)
 
     # Averaged weights
 
@@ -160,7 +168,7 @@ class BiRefNetTrainer(Trainer):
         for start in tqdm(starts, "validation", leave=False, disable=self.args.disable_tqdm):
             batch_rows = rows[start : start + self.args.eval_batch_size]
             mattes = self._predict(model, dataset.__getitems__(batch_rows)["pixel_values"])
-            for row, matte in zip(batch_rows, mattes):
+            for row, matte in zip(batch_rows, mattes, strict=True):
                 sums += _errors(matte, dataset, row)
         mae, iou, count = self.accelerator.reduce(sums.float().to(self.args.device), "sum").tolist()
         metrics = {f"{metric_key_prefix}_mae": mae / count, f"{metric_key_prefix}_iou": iou / count}
@@ -168,6 +176,7 @@ class BiRefNetTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    @torch.no_grad()
     def _predict(self, model, pixels: torch.Tensor) -> torch.Tensor:
         """Mattes (B, 1, H, W) of uint8 photos (B, 3, H, W)."""
         images = resize_batch(_unit(pixels, self.args.device), self.size)
@@ -176,17 +185,16 @@ class BiRefNetTrainer(Trainer):
 
 
 class _UpdateCallback(TrainerCallback):
-    """What happens around an update: one from a loss that is not finite is left out; the average follows the others."""
+    """Leaves out the update of a loss that is not finite; lets the average follow the others."""
 
     def __init__(self, trainer: BiRefNetTrainer):
         self.trainer = trainer
-        trainer.bad_names = []
         self.bad_updates = 0
         self.statistics: list[torch.Tensor] = []
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         # Normalization statistics change in the forward pass, before the loss is known: keep them to go back to.
-        self.statistics = [b.clone() for b in model.buffers() if b.is_floating_point()]
+        self.statistics = [buffer.clone() for buffer in _statistics(model)]
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         trainer = self.trainer
@@ -195,14 +203,18 @@ class _UpdateCallback(TrainerCallback):
             self.bad_updates = 0
             return
         names, trainer.bad_names = ", ".join(trainer.bad_names), []
-        message = f"Step {state.global_step + 1}: the loss is not finite; the batch was: {names or 'of another process'}"
+        message = (
+            f"Step {state.global_step + 1}: the loss is not finite; the batch was: {names or 'of another process'}"
+        )
         self.bad_updates += 1
         if trainer.on_bad_loss == "stop" or self.bad_updates >= MAX_BAD_UPDATES:
             raise FloatingPointError(f"{message}. The last checkpoint in {args.output_dir} is kept.")
         logger.warning("%s. This update is left out.", message)
-        for parameter in model.parameters():
-            parameter.grad = None
-        for buffer, before in zip((b for b in model.buffers() if b.is_floating_point()), self.statistics):
+        # A gradient scaler skips the update by itself, and needs the gradients to see that it must.
+        if trainer.accelerator.scaler is None:
+            for parameter in model.parameters():
+                parameter.grad = None
+        for buffer, before in zip(_statistics(model), self.statistics, strict=True):
             buffer.copy_(before)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -213,6 +225,10 @@ class _UpdateCallback(TrainerCallback):
 def _owned(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """safetensors refuses tensors that share memory."""
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state_dict.items()}
+
+
+def _statistics(model) -> list[torch.Tensor]:
+    return [buffer for buffer in model.buffers() if buffer.is_floating_point()]
 
 
 def _in_backbone(name: str) -> bool:

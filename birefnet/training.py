@@ -8,17 +8,21 @@ import logging
 import os
 import random
 import shutil
-import sys
 from pathlib import Path
 
 import torch
 from transformers import TrainerCallback, TrainingArguments, set_seed
-from transformers.integrations import is_tensorboard_available
+from transformers.integrations import TensorBoardCallback, is_tensorboard_available
 
 from birefnet import repository_folder
 from birefnet.augmentation import AugmentationSettings, size_before_crop
-from birefnet.data import BadPairError, MattingDataset, Pair, read_pairs
+from birefnet.command_line import CommandError, UsageError
+from birefnet.convert import load_source, model_from_state_dict, write_folder
+from birefnet.data import MattingDataset, Pair, read_pairs
+from birefnet.imagenet_weights import load_imagenet_weights
+from birefnet.low_rank import add_low_rank_adapters, merged
 from birefnet.trainer import BiRefNetTrainer
+from birefnet.training_card import training_card
 
 
 logger = logging.getLogger(__name__)
@@ -44,6 +48,11 @@ PUBLISHED_EPOCHS = {"dis": 500, "general": 200, "matting": 150}
 FINE_TUNING_EPOCHS = 20
 DEFAULT_RESOLUTION = 1024
 
+LESS_MEMORY = (
+    "What takes less memory, roughly in this order: --bf16, a smaller --batch-size with "
+    "--gradient-accumulation-steps, --gradient-checkpointing, --lora-rank 8, a smaller --resolution."
+)
+
 EXAMPLES = """examples:
   fine-tune the weights in this repository on a folder with im/ and gt/
     birefnet train --data my_photos --output my_model --resolution 512
@@ -51,6 +60,11 @@ EXAMPLES = """examples:
     birefnet train --model OWNER/NAME --data train/ --validation-data validation/ --output my_model --bf16
   train a small network from scratch
     birefnet train --backbone swin_v1_t --decoder-channels 32 --data 'train-*.parquet' --output my_model
+  on a small GPU
+    birefnet train --model ZhengPeng7/BiRefNet --data my_photos --output my_model --bf16 --batch-size 1 \\
+        --gradient-accumulation-steps 4 --gradient-checkpointing --lora-rank 8
+  on several GPUs
+    accelerate launch --num_processes 4 -m birefnet train --data my_photos --output my_model
   go on after an interruption
     birefnet train … (the same arguments) --resume
 """
@@ -102,7 +116,9 @@ def _add_data_arguments(group):
 
 def _add_model_arguments(group):
     group.add_argument(
-        "--model", help="folder or Hub id of the model to fine-tune (default: the weights in this repository)"
+        "--model",
+        help="model to fine-tune: a folder, a Hub id, a file of weights, or a name that `birefnet variants` lists "
+        "(default: the weights in this repository)",
     )
     group.add_argument("--init-config", help="config.json, or a folder with one, of a network to train from scratch")
     for field in ARCHITECTURE_FIELDS + LEARNING_FIELDS:
@@ -112,7 +128,23 @@ def _add_model_arguments(group):
             default=argparse.SUPPRESS,
             help="of the network to train from scratch" if field in ARCHITECTURE_FIELDS else "of the configuration",
         )
+    group.add_argument(
+        "--imagenet-backbone",
+        action="store_true",
+        help="start the backbone of a new network from its ImageNet weights, which timm fetches",
+    )
+    group.add_argument(
+        "--lora-rank", type=int, help="train low-rank adapters of the backbone instead of the backbone itself"
+    )
     group.add_argument("--resolution", type=int, help="side of the training pictures (default: the model's own)")
+    group.add_argument(
+        "--dynamic-resolution",
+        type=int,
+        nargs=2,
+        metavar=("SMALLEST", "LARGEST"),
+        help="give every batch its own height and width in this range (published: 256 2304); photos are validated at "
+        "--resolution",
+    )
 
 
 def _add_schedule_arguments(group):
@@ -127,7 +159,9 @@ def _add_schedule_arguments(group):
     )
     length.add_argument("--max-steps", type=int, default=-1, help="number of updates, instead of --epochs")
     group.add_argument(
-        "--last-epochs", type=int, help="epochs at the end with region-level losses (default: as published for the task)"
+        "--last-epochs",
+        type=int,
+        help="epochs at the end with region-level losses (default: as published for the task)",
     )
     group.add_argument("--learning-rate", type=float, help="default: as published for task and batch size")
     group.add_argument("--backbone-learning-rate", type=float, help="default: that of the rest")
@@ -140,7 +174,9 @@ def _add_schedule_arguments(group):
     group.add_argument("--warmup-steps", type=int, default=0, help="updates until the full learning rate (default: 0)")
     group.add_argument("--weight-decay", type=float, default=1e-2, help="default: 0.01")
     group.add_argument("--max-grad-norm", type=float, default=0.0, help="clips gradients to this norm (default: off)")
-    group.add_argument("--ema-decay", type=float, default=0.0, help="averages the weights, such as 0.999 (default: off)")
+    group.add_argument(
+        "--ema-decay", type=float, default=0.0, help="average the weights, as with 0.999 (default: off)"
+    )
     precision = group.add_mutually_exclusive_group()
     precision.add_argument("--bf16", action="store_true", help="mixed precision in bfloat16")
     precision.add_argument("--fp16", action="store_true", help="mixed precision in float16")
@@ -173,6 +209,8 @@ def _add_output_arguments(group):
         metavar="CHECKPOINT",
         help="go on from a checkpoint folder (default: the last one under --output)",
     )
+    group.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the trained model to this repository")
+    group.add_argument("--private", action="store_true", help="create that repository as a private one")
     group.add_argument("--save-steps", type=int, help="updates between checkpoints (default: one each epoch)")
     group.add_argument("--keep-checkpoints", type=int, default=2, help="how many checkpoints to keep (default: 2)")
     group.add_argument("--logging-steps", type=int, default=10, help="updates between log lines (default: 10)")
@@ -193,40 +231,64 @@ def config_value(text: str):
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the command; returns its exit code."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    """Runs the command; returns its exit code.
+
+    Raises:
+        CommandError: What ends the training, in a sentence.
+    """
+    is_first = int(os.environ.get("RANK", 0)) == 0
+    logging.basicConfig(level=logging.WARNING if is_first else logging.ERROR, format="%(message)s")
     try:
-        metrics = train(arguments)
-    except (BadPairError, FloatingPointError, OSError, ValueError) as error:
-        print(f"birefnet train: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"birefnet train: interrupted; go on with --resume, {arguments.output} is kept", file=sys.stderr)
-        return 130
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(json.dumps(metrics))
+        result = train(arguments)
+    except torch.OutOfMemoryError as error:
+        raise CommandError(f"{error}\n{LESS_MEMORY}") from error
+    except (FloatingPointError, ImportError, OSError, ValueError) as error:
+        raise CommandError(str(error)) from error
+    if is_first:
+        print(json.dumps(result))
     return 0
 
 
-def train(arguments: argparse.Namespace) -> dict[str, float]:
+def train(arguments: argparse.Namespace) -> dict[str, float | str]:
     """Trains as the options say and writes the model's folder.
 
     Returns:
-        The validation's numbers of the model in the folder (`mae`, `iou`), or nothing where nothing validates.
+        `model`, the folder, and where there is validation the MAE of the model in it (`mae`), with that before
+        training (`mae_before`) of a model that was fine-tuned.
     """
     checkpoint = find_checkpoint(arguments)
+    if arguments.push_to_hub:
+        _create_hub_repository(arguments)
     set_seed(arguments.seed)
     model, processor = build_model(arguments)
+    trainer = build_trainer(arguments, model, processor)
+    best = BestModelCallback(trainer, arguments)
+    trainer.add_callback(best)
+    # The data's order has a generator of its own; augmentation and dropout must differ between processes.
+    torch.manual_seed(arguments.seed + trainer.args.process_index)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.eval_dataset is None:
+        best.save(trainer.state)
+    trainer.save_state()
+    if arguments.push_to_hub and trainer.args.should_save:
+        _push(arguments)
+    measured = {"mae_before": best.mae_before(trainer.state), "mae": trainer.state.best_metric}
+    return {"model": str(arguments.output), **{name: value for name, value in measured.items() if value is not None}}
+
+
+def build_trainer(arguments: argparse.Namespace, model, processor) -> BiRefNetTrainer:
+    """The trainer with its data, schedule and logs."""
     size = (processor.size["height"], processor.size["width"])
     settings = augmentation_settings(arguments)
     training_data, validation_data = build_datasets(arguments, size, settings)
     trainer = BiRefNetTrainer(
         model=model,
-        args=training_arguments(arguments, model.config.task, validation_data is not None),
+        args=training_arguments(arguments, model.config.task, training_data, validation_data),
         train_dataset=training_data,
         eval_dataset=validation_data,
         processing_class=processor,
         size=size,
+        size_range=arguments.dynamic_resolution,
         augmentation=settings,
         backbone_learning_rate=arguments.backbone_learning_rate,
         average_decay=arguments.ema_decay,
@@ -235,45 +297,99 @@ def train(arguments: argparse.Namespace) -> dict[str, float]:
     if arguments.cache == "device":
         training_data.pixels = training_data.pixels.to(trainer.args.device)
     trainer.add_callback(LossScheduleCallback(arguments.last_epochs))
-    trainer.add_callback(BestModelCallback(trainer, arguments.output))
-    # The data's order has a generator of its own; augmentation and dropout must differ between processes.
-    torch.manual_seed(arguments.seed + trainer.args.process_index)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if validation_data is None:
-        save_model_folder(trainer, arguments.output)
-    trainer.save_state()
-    best = trainer.state.best_metric
-    return {} if best is None else {"best_mae": best}
+    if is_tensorboard_available() and trainer.args.should_save:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(arguments.output / "logs"))
+        trainer.add_callback(TensorBoardCallback(writer))
+        trainer.add_callback(SampleMattesCallback(trainer, writer))
+    return trainer
 
 
 def build_model(arguments: argparse.Namespace):
     """The network, from scratch or with its weights, and the image processor at the training resolution."""
+    learning = {field: value for field, value in vars(arguments).items() if field in LEARNING_FIELDS}
+    if from_scratch(arguments):
+        model, processor = _new_model(arguments, learning)
+    else:
+        if arguments.imagenet_backbone:
+            raise UsageError("--imagenet-backbone is for training from scratch: name a --backbone or --init-config.")
+        model, processor = load_model(str(arguments.model or repository_folder()), learning)
+    if arguments.lora_rank:
+        add_low_rank_adapters(model, arguments.lora_rank)
+    if arguments.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    _set_resolution(processor, arguments)
+    return model, processor
+
+
+def _new_model(arguments: argparse.Namespace, learning: dict):
     from birefnet.repository.configuration_birefnet import BiRefNetConfig
     from birefnet.repository.image_processing_birefnet import BiRefNetImageProcessor
     from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
 
     given = {field: value for field, value in vars(arguments).items() if field in ARCHITECTURE_FIELDS}
-    learning = {field: value for field, value in vars(arguments).items() if field in LEARNING_FIELDS}
-    if from_scratch(arguments):
-        if arguments.model:
-            options = ", ".join(f"--{field.replace('_', '-')}" for field in given) or "--init-config"
-            raise ValueError(f"--model has its own network: leave out {options} to fine-tune, or --model to start new.")
-        fields = {**given, **learning}
-        source = arguments.init_config
-        config = BiRefNetConfig.from_pretrained(source, **fields) if source else BiRefNetConfig(**fields)
-        model, processor = BiRefNetForImageSegmentation(config), BiRefNetImageProcessor()
-        default_resolution = DEFAULT_RESOLUTION
-    else:
-        source = arguments.model or repository_folder()
-        # Training keeps float32 weights; --bf16 and --fp16 compute in less.
+    if arguments.model:
+        options = ", ".join(f"--{field.replace('_', '-')}" for field in given) or "--init-config"
+        raise UsageError(f"--model has its own network: leave out {options} to fine-tune, or --model to start new.")
+    fields, source = {**given, **learning}, arguments.init_config
+    model = BiRefNetForImageSegmentation(
+        BiRefNetConfig.from_pretrained(source, **fields) if source else BiRefNetConfig(**fields)
+    )
+    if arguments.imagenet_backbone:
+        load_imagenet_weights(model)
+    return model, BiRefNetImageProcessor()
+
+
+def load_model(source: str, learning: dict):
+    """A trained model in float32 and its processor, whatever it comes as.
+
+    Args:
+        source: A folder or Hub repository in this project's form, or anything that `birefnet convert` reads: an
+            official repository, the name of a variant, a file of weights.
+        learning: Fields of the configuration to change, none of which shapes the network.
+
+    Raises:
+        OSError, ValueError: The source cannot be found or read.
+    """
+    from birefnet.repository.configuration_birefnet import BiRefNetConfig
+    from birefnet.repository.image_processing_birefnet import BiRefNetImageProcessor
+    from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
+
+    if _is_own(source, BiRefNetConfig):
+        # Weights stay in float32; --bf16 and --fp16 compute in less.
         model = BiRefNetForImageSegmentation.from_pretrained(source, dtype=torch.float32, **learning)
-        processor = BiRefNetImageProcessor.from_pretrained(source)
-        default_resolution = processor.size["height"]
-    side = arguments.resolution or default_resolution
-    if side % 32 or side < 32:
-        raise ValueError(f"--resolution {side} is not a multiple of 32.")
-    processor.size = {"height": side, "width": side}
+        return model, BiRefNetImageProcessor.from_pretrained(source)
+    model, processor, _ = load_source(source, dtype="float32")
+    if learning:
+        config = BiRefNetConfig(**{**model.config.to_dict(), **learning})
+        model = model_from_state_dict(config, model.state_dict(), torch.float32)
     return model, processor
+
+
+def _is_own(source: str, config_class) -> bool:
+    if Path(source).is_file():
+        return False
+    try:
+        return config_class.get_config_dict(source)[0].get("model_type") == config_class.model_type
+    except OSError:
+        return False
+
+
+def _set_resolution(processor, arguments: argparse.Namespace):
+    """Tells the processor the size of the pictures that the model is trained for."""
+    default = DEFAULT_RESOLUTION if from_scratch(arguments) else processor.size["height"]
+    side = arguments.resolution or default
+    bounds = arguments.dynamic_resolution or ()
+    for option, length in (("--resolution", side), *(("--dynamic-resolution", bound) for bound in bounds)):
+        if length < 32 or length % 32:
+            raise UsageError(f"{option} {length} is not a positive multiple of 32.")
+    if bounds and bounds[0] > bounds[1]:
+        raise UsageError(f"--dynamic-resolution {bounds[0]} {bounds[1]}: the smallest side comes first.")
+    processor.size = {"height": side, "width": side}
+    processor.do_dynamic_resize = bool(bounds)
+    if bounds:
+        processor.minimum_size, processor.maximum_size = bounds
 
 
 def from_scratch(arguments: argparse.Namespace) -> bool:
@@ -293,8 +409,9 @@ def build_datasets(
         pairs, held_out = split_pairs(pairs, arguments.validation_share, arguments.seed)
     cache = {"auto": None, "none": False}.get(arguments.cache, True)
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    largest = (arguments.dynamic_resolution[1],) * 2 if arguments.dynamic_resolution else size
     training_data = MattingDataset(
-        pairs, size_before_crop(size, settings.crop), arguments.on_bad_data, cache, show_progress=first
+        pairs, size_before_crop(largest, settings.crop), arguments.on_bad_data, cache, show_progress=first
     )
     if not held_out:
         return training_data, None
@@ -305,10 +422,11 @@ def split_pairs(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair],
     """Holds out a random share of the pairs, at least one of them unless the share is 0.
 
     Raises:
-        ValueError: The share is not in [0, 1), or leaves nothing to train on.
+        UsageError: The share is not in [0, 1).
+        ValueError: Nothing is left to train on.
     """
     if not 0 <= share < 1:
-        raise ValueError(f"--validation-share {share} is not at least 0 and below 1.")
+        raise UsageError(f"--validation-share {share} is not at least 0 and below 1.")
     count = max(1, round(share * len(pairs))) if share else 0
     if count >= len(pairs):
         raise ValueError(f"{len(pairs)} pairs cannot be split: nothing is left to train on.")
@@ -332,9 +450,15 @@ def augmentation_settings(arguments: argparse.Namespace) -> AugmentationSettings
     )
 
 
-def training_arguments(arguments: argparse.Namespace, task: str, validates: bool) -> TrainingArguments:
+def training_arguments(
+    arguments: argparse.Namespace,
+    task: str,
+    training_data: MattingDataset,
+    validation_data: MattingDataset | None,
+) -> TrainingArguments:
     """The `TrainingArguments`, with the published recipe of the task where the options leave something open."""
-    epochs = PUBLISHED_EPOCHS[task] if from_scratch(arguments) else FINE_TUNING_EPOCHS
+    is_new, validates = from_scratch(arguments), validation_data is not None
+    epochs = PUBLISHED_EPOCHS[task] if is_new else FINE_TUNING_EPOCHS
     processes = int(os.environ.get("WORLD_SIZE", 1))
     batch = arguments.batch_size * arguments.gradient_accumulation_steps * processes
     return TrainingArguments(
@@ -351,11 +475,12 @@ def training_arguments(arguments: argparse.Namespace, task: str, validates: bool
         max_grad_norm=arguments.max_grad_norm,
         bf16=arguments.bf16,
         fp16=arguments.fp16,
-        activation_checkpointing=arguments.gradient_checkpointing,
         torch_compile=arguments.compile,
         use_cpu=arguments.cpu,
         seed=arguments.seed,
         eval_strategy="epoch" if validates else "no",
+        # What fine-tuning starts from is measured too: it should improve on it.
+        eval_on_start=validates and not is_new and arguments.resume is None,
         metric_for_best_model="mae" if validates else None,
         greater_is_better=False,
         save_strategy="steps" if arguments.save_steps else "epoch",
@@ -364,9 +489,10 @@ def training_arguments(arguments: argparse.Namespace, task: str, validates: bool
         logging_steps=arguments.logging_steps,
         # A loss that is not finite is reported with its photos by the trainer, not hidden.
         logging_nan_inf_filter=False,
-        report_to=["tensorboard"] if is_tensorboard_available() else [],
+        report_to=[],
         remove_unused_columns=False,
-        dataloader_num_workers=0,
+        # A cached batch is one index operation; photos that are read anew are read ahead.
+        dataloader_num_workers=min(8, os.cpu_count() or 1) if training_data.pixels is None else 0,
         dataloader_pin_memory=False,
     )
 
@@ -381,14 +507,14 @@ def find_checkpoint(arguments: argparse.Namespace) -> str | None:
 
     Raises:
         FileNotFoundError: The named checkpoint is none.
-        ValueError: There are checkpoints of an earlier run and no --resume.
+        UsageError: There are checkpoints of an earlier run and no --resume.
     """
     folder = checkpoints_folder(arguments.output)
     # The state file is written last: without it the checkpoint is half written.
     states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name[11:]))
     if arguments.resume is None:
         if states:
-            raise ValueError(f"{folder} holds an earlier run: go on with --resume, or choose another --output.")
+            raise UsageError(f"{folder} holds an earlier run: go on with --resume, or choose another --output.")
         return None
     if arguments.resume == "last":
         if not states:
@@ -423,30 +549,75 @@ def default_last_epochs(task: str, epochs: int) -> int:
 
 
 class BestModelCallback(TrainerCallback):
-    """Writes the model's folder whenever the validation's MAE is the lowest so far."""
+    """Writes the model's folder whenever the validation's MAE is the lowest so far.
 
-    def __init__(self, trainer: BiRefNetTrainer, output: Path):
-        self.trainer, self.output = trainer, output
+    The folder is complete at every moment of the training, and what fine-tuning started from is its first content.
+    """
+
+    def __init__(self, trainer: BiRefNetTrainer, arguments: argparse.Namespace):
+        self.trainer, self.arguments = trainer, arguments
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        if state.best_metric is None or metrics["eval_mae"] < state.best_metric:
-            save_model_folder(self.trainer, self.output)
+        if state.best_metric is not None and metrics["eval_mae"] >= state.best_metric:
+            return
+        if state.global_step == 0:
+            state.best_metric = metrics["eval_mae"]
+        self.save(state, metrics)
+
+    def save(self, state, metrics: dict[str, float] | None = None):
+        """Writes the folder of the model as it is now."""
+        if self.trainer.args.should_save:
+            card = training_card(self.arguments, self.trainer, state, metrics or {})
+            save_model_folder(self.trainer, self.arguments.output, card)
+
+    @staticmethod
+    def mae_before(state) -> float | None:
+        """The validation's MAE before the first update, if it was measured."""
+        return next((entry["eval_mae"] for entry in state.log_history if entry["step"] == 0), None)
 
 
-def save_model_folder(trainer: BiRefNetTrainer, folder: Path):
-    """Writes weights, configuration, processor and code: all that `from_pretrained` and `birefnet cutout` need.
+class SampleMattesCallback(TrainerCallback):
+    """Shows a few validation photos with mask and matte in TensorBoard."""
+
+    count = 4
+
+    def __init__(self, trainer: BiRefNetTrainer, writer):
+        self.trainer, self.writer = trainer, writer
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        total = len(self.trainer.eval_dataset)
+        for row in range(0, total, -(-total // self.count)):
+            self.writer.add_image(f"validation/{row}", self.trainer.sample_matte(row), state.global_step)
+
+
+def save_model_folder(trainer: BiRefNetTrainer, folder: Path, card: str):
+    """Writes weights, configuration, processor, code and card: all that `from_pretrained` and `birefnet` need.
 
     Everything is written beside its place first and then moved, so that an interruption leaves the former files.
     """
-    if not trainer.args.should_save:
-        return
     partial = folder / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    trainer.trained_model.save_pretrained(partial)
-    trainer.processing_class.save_pretrained(partial)
-    for code in Path(repository_folder()).glob("*_birefnet.py"):
-        shutil.copy(code, partial)
+    write_folder(partial, merged(trainer.trained_model), trainer.processing_class, card)
     for path in partial.iterdir():
         os.replace(path, folder / path.name)
     partial.rmdir()
+
+
+def _create_hub_repository(arguments: argparse.Namespace):
+    """Creates the repository before training, so that a missing permission shows now and not after it."""
+    from huggingface_hub import HfApi
+
+    if int(os.environ.get("RANK", 0)) == 0:
+        HfApi().create_repo(arguments.push_to_hub, private=arguments.private, exist_ok=True)
+
+
+def _push(arguments: argparse.Namespace):
+    from huggingface_hub import HfApi
+
+    HfApi().upload_folder(
+        repo_id=arguments.push_to_hub,
+        folder_path=arguments.output,
+        ignore_patterns=["checkpoints/*", "logs/*"],
+        commit_message="Model trained with birefnet train",
+    )

@@ -336,9 +336,9 @@ def make_predictor(arguments: argparse.Namespace) -> tuple[Predictor, dict, dict
         return lambda photos: (resized_mean(mean, photo.size) for photo in photos), subject, settings
     remover = load_remover(arguments)
     return (
-        lambda photos: map(np.asarray, remover(photos, return_mask=True, batch_size=arguments.batch_size or 1)),
+        lambda photos: map(np.asarray, remover(photos, return_mask=True, batch_size=arguments.batch_size)),
         describe_model(arguments.model, remover.model),
-        describe_settings(remover, arguments.batch_size or 1),
+        describe_settings(remover, arguments.batch_size),
     )
 
 
@@ -368,7 +368,7 @@ def describe_settings(remover, batch_size: int) -> dict:
     import torch
 
     processor, device = remover.image_processor, remover.device
-    dynamic = getattr(processor, "dynamic", False)
+    dynamic = processor.do_dynamic_resize
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     return {
         "resolution": "dynamic" if dynamic else f"{processor.size['height']}×{processor.size['width']}",
@@ -522,7 +522,7 @@ def measuring(workers: int) -> Iterator[Callable[[Iterator], Iterator]]:
         return
     # A fork would copy the threads' locks and the accelerator's state.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=metrics.use_one_thread)
+    pool = ProcessPoolExecutor(workers, context, initializer=metrics.prepare_process)
     try:
         yield lambda pairs: bounded_map(pool, metrics.measure_pair, pairs, ahead=AHEAD * workers)
     finally:  # also on Ctrl-C: what waits is dropped

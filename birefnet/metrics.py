@@ -17,6 +17,7 @@ Three conventions meet here, and each class says which one it follows:
 from __future__ import annotations
 
 import math
+import signal
 
 import numpy as np
 
@@ -89,11 +90,12 @@ def measure_pair(pair: tuple[np.ndarray, np.ndarray]) -> dict[str, float | np.nd
     return measure(*pair)
 
 
-def use_one_thread():
-    """Keeps OpenCV to one thread, in each of several processes that measure at once."""
+def prepare_process():
+    """Makes one of several measuring processes: OpenCV keeps to one thread, and Ctrl-C is left to the main process."""
     import cv2
 
     cv2.setNumThreads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _published_measures(matte: np.ndarray, mask: np.ndarray) -> dict[str, float | np.ndarray]:

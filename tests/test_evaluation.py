@@ -1,6 +1,7 @@
 """`birefnet evaluate` on drawn pictures: what it measures, what it writes, what it does with bad pairs."""
 
 import csv
+import hashlib
 import json
 import math
 
@@ -222,3 +223,35 @@ def test_nothing_is_written_where_no_pair_can_be_used(data, tmp_path, capsys):
     assert evaluate(data, "--baseline", "foreground", "--workers", 1, "--json", tmp_path / "result.json") == 1
     assert "none of the 5 pairs" in capsys.readouterr().err
     assert not (tmp_path / "result.json").exists()
+
+
+def test_a_model_is_measured_and_described(tiny_model_folder, data, tmp_path):
+    """The numbers do not depend on the batch size; the result says what was measured, and not where it lies."""
+    results = []
+    for batch_size in (1, 3):
+        file = tmp_path / f"{batch_size}.json"
+        options = ["--batch-size", batch_size, "--device", "cpu", "--resolution", "64x96", "--workers", 1]
+        assert evaluate(data, "--model", tiny_model_folder, *options, "--json", file) == 0
+        results.append(json.loads(file.read_text()))
+    assert results[0]["measures"] == pytest.approx(results[1]["measures"], abs=1e-4)
+    model, settings = results[1]["model"], results[1]["settings"]
+    assert model["name"] == tiny_model_folder.name and not model["is_baseline"]
+    weights = tiny_model_folder / "model.safetensors"
+    assert model["weights_sha256"] == {weights.name: hashlib.sha256(weights.read_bytes()).hexdigest()}
+    assert (settings["resolution"], settings["dtype"], settings["batch_size"]) == ("64×96", "float32", 3)
+    assert str(tmp_path) not in json.dumps(results) and str(tiny_model_folder.parent) not in json.dumps(results)
+
+
+def test_a_model_is_measured_on_the_mattes_that_users_get(tiny_model_folder, data):
+    from birefnet.command_line import build_parser
+    from birefnet.cutout import load_remover
+    from birefnet.data import read_pairs
+
+    arguments = build_parser("evaluate").parse_args(["evaluate", str(data), "--model", str(tiny_model_folder)])
+    predictor, _, _ = evaluation.make_predictor(arguments)
+    found = evaluation.evaluate(read_pairs([data]), evaluation.decode_photo, predictor, workers=1, progress=False)
+    remover = load_remover(arguments)
+    for index, picture in enumerate(found.pictures):
+        photo, mask = draw_pair(index)
+        matte = np.asarray(remover(photo, return_mask=True))
+        assert picture.measures["SAD"] == metrics.measure(matte, np.asarray(mask))["SAD"]

@@ -35,7 +35,7 @@ class BiRefNetPipeline(Pipeline):
     """
 
     _load_processor = False
-    _load_image_processor = True
+    _load_photo_processor = True
     _load_video_processor = False
     _load_feature_extractor = False
     _load_tokenizer = False
@@ -69,9 +69,12 @@ class BiRefNetPipeline(Pipeline):
             its photo's upright size.
 
         Raises:
-            TypeError: for an argument that does not exist.
-            ValueError: for a value out of its range, or a photo that cannot be read.
+            TypeError: for an argument that does not exist, or a photo of another type.
+            ValueError, OSError: for a value out of its range, or a photo that cannot be read.
         """
+        inputs = list(inputs) if isinstance(inputs, tuple) else inputs
+        if isinstance(inputs, list) and not inputs:  # transformers looks at the first one unasked
+            return []
         return super().__call__(inputs, **kwargs)
 
     def _sanitize_parameters(self, timeout=None, local_files_only=None, **postprocess_parameters):
@@ -93,22 +96,20 @@ class BiRefNetPipeline(Pipeline):
                 yield self.postprocess(outputs, **postprocess_params)
 
     def preprocess(self, photo, timeout=None) -> dict:
-        """Photo -> `pixel_values` (1, 3, height, width) for the network and the upright `photo` itself (RGB)."""
+        """A photo to `pixel_values` (3, h, w) for the network, and the upright `photo` itself (RGB)."""
         photo = load_photo(photo, timeout=timeout)
-        pixel_values = self.image_processor(photo, return_tensors="pt")["pixel_values"]
+        pixel_values = self.image_processor(photo)["pixel_values"][0]
         return {"pixel_values": pixel_values, "photo": photo, "target_size": (photo.height, photo.width)}
 
     def _forward(self, items: list[dict]) -> list[ModelOutput]:
-        """One network call per size among the items; the order of the items is kept."""
-        groups: dict[tuple[int, int], list[int]] = {}
-        for index, item in enumerate(items):
-            groups.setdefault(tuple(item["pixel_values"].shape[-2:]), []).append(index)
+        """One network call for each size among the items; the order of the items is kept."""
         outputs: list[ModelOutput | None] = [None] * len(items)
-        for indices in groups.values():
-            logits = self.model(torch.cat([items[index]["pixel_values"] for index in indices])).logits  # (n, 1, h, w)
-            for index, logit in zip(indices, logits.split(1), strict=True):
+        groups = self.image_processor.group_by_size([item["pixel_values"] for item in items])
+        for indices, pixel_values in groups:
+            logits = self.model(pixel_values).logits  # (n, 1, h, w)
+            for index, own_logits in zip(indices, logits.split(1), strict=True):
                 kept = {key: items[index][key] for key in ("photo", "target_size")}
-                outputs[index] = ModelOutput(logits=logit, **kept)
+                outputs[index] = ModelOutput(logits=own_logits, **kept)
         return outputs
 
     def postprocess(

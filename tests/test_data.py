@@ -10,25 +10,7 @@ from PIL import Image
 
 from birefnet.data import BadPairError, MattingDataset, decode_pair, read_pairs
 
-
-def draw_pair(seed=0, size=(48, 32)):
-    """A photo and a soft mask of a disc, as Pillow pictures of `size` (width, height)."""
-    width, height = size
-    noise = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    rows, columns = np.mgrid[:height, :width]
-    distance = np.hypot(rows - height / 2, columns - width / 2)
-    mask = np.clip((height / 3 - distance) * 40 + 128, 0, 255).astype(np.uint8)
-    return Image.fromarray(noise), Image.fromarray(mask)
-
-
-def write_folder(folder, names, size=(48, 32)):
-    for place in ("im", "gt"):
-        (folder / place).mkdir(parents=True, exist_ok=True)
-    for seed, name in enumerate(names):
-        photo, mask = draw_pair(seed, size)
-        photo.save(folder / "im" / f"{name}.jpg", quality=95)
-        mask.save(folder / "gt" / f"{name}.png")
-    return folder
+from .drawn_photos import draw_pair, write_folder
 
 
 def encoded(picture):

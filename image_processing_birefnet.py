@@ -20,7 +20,6 @@ from .matting_birefnet import estimate_foreground
 _TORCH_INTERPOLATIONS = {
     Image.Resampling.NEAREST: "nearest-exact",
     Image.Resampling.BILINEAR: "bilinear",
-    Image.Resampling.BICUBIC: "bicubic",
 }
 _CHANNEL_COUNTS = (1, 2, 3, 4)  # gray, gray + alpha, RGB, RGB + alpha
 _MAX_DOWNLOAD_BYTES = 512 * 2**20
@@ -52,15 +51,17 @@ def _image_to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _check_values(dtype: str, low: float, high: float) -> None:
+def _check_values(image: np.ndarray | torch.Tensor) -> None:
     """Refuse values whose meaning would have to be guessed."""
+    dtype = str(image.dtype)
+    if dtype.endswith(("bool", "uint8", "uint16")):
+        return  # the whole range is allowed
+    low, high = float(image.min()), float(image.max())
     if "float" in dtype and not (low >= -1e-3 and high <= 1 + 1e-3):  # also refuses NaN
         raise ValueError(f"floating-point images must have values in [0, 1], got {low:g} to {high:g} ({dtype})")
-    if "uint16" in dtype:
-        return
     if "int" in dtype and not (low >= 0 and high <= 255):
         raise ValueError(
-            f"integer images must have values from 0 to 255 (or 0 to 65535 as uint16), got {low} to {high} ({dtype})"
+            f"integer images must have values from 0 to 255 (0 to 65535 as uint16), got {low:g} to {high:g} ({dtype})"
         )
 
 
@@ -93,7 +94,8 @@ def _array_to_image(array: np.ndarray, input_data_format: str | None = None) -> 
     _check_dimensions(array.shape)
     if array.dtype.kind not in "buif":
         raise TypeError(f"an image array must hold booleans, integers or floating-point numbers, got {array.dtype}")
-    _check_values(str(array.dtype), array.min(), array.max())
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    _check_values(array)
     if array.ndim == 3:
         array = np.moveaxis(array, _channel_axis(array.shape, input_data_format, preferred=-1), -1)
         array = array[..., :3] if array.shape[-1] > 2 else array[..., 0]
@@ -111,15 +113,15 @@ def _tensor_to_pixels(image: torch.Tensor, input_data_format: str | None = None)
     _check_dimensions(image.shape)
     if image.is_complex():
         raise TypeError(f"an image tensor must hold booleans, integers or floating-point numbers, got {image.dtype}")
-    dtype, image = str(image.dtype), image.to(torch.float32)
-    _check_values(dtype, *(value.item() for value in image.aminmax()))
+    _check_values(image)
+    dtype, image = image.dtype, image.to(torch.float32)
     if image.ndim == 2:
         image = image.unsqueeze(0)
     else:
         image = image.movedim(_channel_axis(image.shape, input_data_format, preferred=0), 0)
-    if "bool" in dtype:
+    if dtype == torch.bool:
         image = image * 255
-    elif "uint16" in dtype:
+    elif dtype == torch.uint16:
         image = image / 257
     return image[:3] if image.shape[0] > 2 else image[:1].expand(3, -1, -1)
 
@@ -215,7 +217,7 @@ class BiRefNetImageProcessor(BaseImageProcessor):
         size (`dict[str, int]`, *optional*, defaults to `{"height": 1024, "width": 1024}`):
             Size of the network's input, whatever the photo's aspect. The network needs multiples of 32.
         resample (`int` or `PIL.Image.Resampling`, *optional*, defaults to `BILINEAR`):
-            Filter. For tensors nearest, bilinear or bicubic.
+            Filter. For tensors nearest or bilinear.
         do_dynamic_resize (`bool`, *optional*, defaults to `False`):
             Instead of `size`, use each photo's own size: scaled, with its aspect kept, so that its sides lie within
             `minimum_size` and `maximum_size`, then rounded to multiples of `size_divisor`. A photo too elongated for
@@ -226,7 +228,8 @@ class BiRefNetImageProcessor(BaseImageProcessor):
         do_rescale (`bool`, *optional*, defaults to `True`): Whether to multiply 8-bit values by `rescale_factor`.
             Floating-point images already lie in [0, 1] and are never rescaled.
         rescale_factor (`float`, *optional*, defaults to 1/255): Factor from 8-bit values to [0, 1].
-        do_normalize (`bool`, *optional*, defaults to `True`): Whether to subtract `image_mean` and divide by `image_std`.
+        do_normalize (`bool`, *optional*, defaults to `True`): Whether to subtract the mean and divide by the
+            standard deviation.
         image_mean (`list[float]`, *optional*): Mean of each channel; ImageNet's if not given.
         image_std (`list[float]`, *optional*): Standard deviation of each channel; ImageNet's if not given.
 
@@ -332,8 +335,8 @@ class BiRefNetImageProcessor(BaseImageProcessor):
 
     def _resized_tensor(self, image: torch.Tensor) -> torch.Tensor:
         """float32 (3, h, w) to (3, H, W) at the network's size, with antialiasing, on the same device."""
-        size = self.network_size(*image.shape[-2:])
-        if tuple(image.shape[-2:]) == size:
+        height, width = self.network_size(*image.shape[-2:])
+        if image.shape[-2:] == (height, width):
             return image
         mode = _TORCH_INTERPOLATIONS.get(self.resample)
         if mode is None:
@@ -342,17 +345,15 @@ class BiRefNetImageProcessor(BaseImageProcessor):
                 f"tensors can be resized with {allowed}, got {Image.Resampling(self.resample).name.lower()}; "
                 "convert them to PIL images for other filters"
             )
-        low, high = image.aminmax()  # bicubic overshoots, PIL cuts that off
-        image = F.interpolate(image[None], size=size, mode=mode, antialias=mode != "nearest-exact")[0]
-        return image.clamp(low, high)
+        return F.interpolate(image[None], size=(height, width), mode=mode, antialias=mode == "bilinear")[0]
 
     def _pixel_values(self, image: Any, input_data_format: str | None, device: Any) -> torch.Tensor:
         """One image of any kind to normalised float32 (3, H, W)."""
+        is_unit_range = False  # else 0 to 255
         if isinstance(image, torch.Tensor):
             is_unit_range = image.is_floating_point()
             pixels = self._resized_tensor(_tensor_to_pixels(image, input_data_format).to(device))
         else:
-            is_unit_range = False
             pixels = self._resized_photo(load_photo(image, input_data_format)).to(device)
             pixels = pixels.to(torch.float32).contiguous()
             if isinstance(image, np.ndarray) and image.dtype.kind == "f":
@@ -411,8 +412,8 @@ class BiRefNetImageProcessor(BaseImageProcessor):
         sizes = list(dict.fromkeys(f"{image.shape[-2]}x{image.shape[-1]}" for image in pixel_values))
         if len(sizes) > 1:
             raise ValueError(
-                f"images of different network sizes cannot be one batch, got {', '.join(sizes)} (height x width). "
-                "Leave `return_tensors` unset and run each batch of `group_by_size(pixel_values)`, or use a fixed `size`"
+                f"images of different network sizes cannot be one batch, got {', '.join(sizes)} (height x width): "
+                "leave `return_tensors` unset and run each batch of `group_by_size(pixel_values)`, or use a fixed size"
             )
         return torch.stack(pixel_values)
 

@@ -1,0 +1,258 @@
+"""Foreground colours, matte edits and compositing."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from birefnet.repository.matting_birefnet import adjust_matte, composite, estimate_foreground
+from PIL import Image
+
+
+def random_photo(*shape, seed=0, dtype=torch.float32):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def slow_box_mean(image, box):
+    """Window by window, over an image that is mirrored pixel by pixel: image (H, W)."""
+
+    def mirrored(index, size):
+        while not 0 <= index < size:
+            index = -index if index < 0 else 2 * (size - 1) - index
+        return index
+
+    height, width = image.shape
+    window = range(-(box // 2), box - box // 2)
+    rows = [[mirrored(row + step, height) if height > 1 else 0 for step in window] for row in range(height)]
+    columns = [[mirrored(column + step, width) if width > 1 else 0 for step in window] for column in range(width)]
+    return np.array([[image[np.ix_(row, column)].mean() for column in columns] for row in rows])
+
+
+def slow_foreground(image, alpha, boxes=(90, 6)):
+    """The formulas of blur fusion, as they are written down."""
+    image, alpha = image.double().numpy(), alpha.double().numpy()[0]
+    foreground, background = image.copy(), image.copy()
+    for box in boxes:
+        alpha_mean = slow_box_mean(alpha, box)
+        for channel in range(3):
+            f = slow_box_mean(foreground[channel] * alpha, box) / (alpha_mean + 1e-5)
+            b = slow_box_mean(background[channel] * (1 - alpha), box) / (1 - alpha_mean + 1e-5)
+            foreground[channel] = np.clip(f + alpha * (image[channel] - alpha * f - (1 - alpha) * b), 0, 1)
+            background[channel] = b
+    return torch.from_numpy(foreground).float()
+
+
+def test_foreground_equals_the_published_estimator():
+    reference = np.load(Path(__file__).parent / "fixtures" / "foreground.npz")
+    foreground = estimate_foreground(torch.from_numpy(reference["image"]), torch.from_numpy(reference["alpha"]))
+    rows, columns = [*range(0, 240, 4), 239], [*range(0, 320, 4), 319]  # what the file keeps: the borders included
+    difference = foreground.numpy()[:, rows][:, :, columns] - reference["foreground"]
+    assert np.abs(difference).max() < 0.05 / 255
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (9, 1), (2, 3), (13, 11), (100, 5)])
+@pytest.mark.parametrize("boxes", [(90, 6), (5,), (1,)])
+def test_foreground_of_photos_smaller_than_the_box(size, boxes):
+    image, alpha = random_photo(3, *size), random_photo(1, *size, seed=1)
+    expected = slow_foreground(image, alpha, boxes)
+    torch.testing.assert_close(estimate_foreground(image, alpha, boxes), expected, atol=1e-5, rtol=0)
+
+
+def test_foreground_in_bands_equals_the_foreground_in_one_piece(monkeypatch):
+    image, alpha = random_photo(2, 3, 150, 20), random_photo(2, 1, 150, 20, seed=1)
+    whole = estimate_foreground(image, alpha, (9, 4))
+    monkeypatch.setitem(estimate_foreground.__globals__, "_PIXELS_PER_BAND", 1)
+    torch.testing.assert_close(estimate_foreground(image, alpha, (9, 4)), whole, atol=1e-6, rtol=0)
+
+
+def test_foreground_is_exact_where_the_matte_is_almost_empty():
+    image, alpha = random_photo(3, 30, 40), 1e-5 * random_photo(1, 30, 40, seed=1)
+    alpha[:, :8, :8] = 1  # large sums ahead of the small ones: float32 running sums would lose them
+    torch.testing.assert_close(estimate_foreground(image, alpha), slow_foreground(image, alpha), atol=1e-4, rtol=0)
+
+
+def test_foreground_removes_the_old_background():
+    alpha = torch.linspace(-9, 10, 200).clamp(0, 1).expand(1, 200, 200)  # an edge ten pixels wide
+    subject, background = (torch.tensor(colour).view(3, 1, 1) for colour in ([0.9, 0.2, 0.1], [0.1, 0.3, 0.8]))
+    image = alpha * subject + (1 - alpha) * background
+    edge = ((alpha > 0.1) & (alpha < 0.9)).expand(3, -1, -1)
+    before, after = ((colours - subject).abs()[edge].mean() for colours in (image, estimate_foreground(image, alpha)))
+    assert after < before / 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_foreground_keeps_dtype_and_leading_dimensions(dtype):
+    image, alpha = random_photo(2, 2, 3, 12, 10).to(dtype), random_photo(2, 2, 1, 12, 10, seed=1).to(dtype)
+    kept = image.clone()
+    foreground = estimate_foreground(image, alpha)
+    assert foreground.shape == image.shape
+    assert foreground.dtype == dtype
+    assert torch.equal(image, kept)
+    alone = estimate_foreground(image[1, 0], alpha[1, 0])
+    torch.testing.assert_close(foreground[1, 0], alone)
+
+
+def test_foreground_gradient():
+    image = (0.2 + 0.6 * random_photo(3, 5, 4, dtype=torch.float64)).requires_grad_()
+    alpha = (0.2 + 0.6 * random_photo(1, 5, 4, seed=1, dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda i, a: estimate_foreground(i, a, (3, 2)), (image, alpha))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(1, 4, 4)), TypeError, "uint8"),
+        ((np.zeros((3, 4, 4)), torch.zeros(1, 4, 4)), TypeError, "ndarray"),
+        ((torch.full((3, 4, 4), 255.0), torch.zeros(1, 4, 4)), ValueError, "from 255 to 255"),
+        ((torch.zeros(3, 4, 4), torch.full((1, 4, 4), float("nan"))), ValueError, "nan"),
+        ((torch.zeros(4, 4, 4), torch.zeros(1, 4, 4)), ValueError, r"\(4, 4, 4\)"),
+        ((torch.zeros(3, 4, 4), torch.zeros(1, 4, 5)), ValueError, r"\(1, 4, 4\).*\(1, 4, 5\)"),
+        ((torch.zeros(3, 0, 4), torch.zeros(1, 0, 4)), ValueError, "empty"),
+        ((torch.zeros(3, 4, 4), torch.zeros(1, 4, 4), (0,)), ValueError, "box_sizes"),
+        ((torch.zeros(3, 4, 4), torch.zeros(1, 4, 4), ()), ValueError, "box_sizes"),
+    ],
+)
+def test_foreground_refuses(arguments, error, message):
+    with pytest.raises(error, match=message):
+        estimate_foreground(*arguments)
+
+
+def test_matte_is_unchanged_without_edits():
+    alpha = random_photo(1, 20, 30)
+    assert torch.equal(adjust_matte(alpha), alpha)
+
+
+def test_sensitivity_and_threshold_and_invert():
+    alpha = torch.tensor([[0.0, 0.3, 0.5, 0.8, 1.0]])
+    torch.testing.assert_close(adjust_matte(alpha, sensitivity=0.5), torch.tensor([[0.0, 0.45, 0.75, 1.0, 1.0]]))
+    assert adjust_matte(alpha, threshold=0.5).tolist() == [[0, 0, 0, 1, 1]]
+    assert adjust_matte(alpha, sensitivity=0, threshold=0.5).tolist() == [[0, 1, 1, 1, 1]]
+    torch.testing.assert_close(adjust_matte(alpha, invert=True), 1 - alpha)
+
+
+@pytest.mark.parametrize("pixels", [1, 2, 3, 4, 7, 20])
+def test_grow_reaches_as_far_as_it_says(pixels):
+    alpha = torch.zeros(1, 61, 71)
+    alpha[0, 30, 35] = 1
+    grown = adjust_matte(alpha, grow=pixels)[0]
+    rows, columns = torch.nonzero(grown, as_tuple=True)
+    distance = torch.hypot(rows - 30.0, columns - 35.0)
+    assert rows.min() == 30 - pixels
+    assert rows.max() == 30 + pixels
+    assert columns.min() == 35 - pixels
+    assert columns.max() == 35 + pixels
+    assert distance.max() <= 1.083 * pixels + 1  # an octagon, up to the pixel grid
+    disc = torch.hypot(torch.arange(61).view(-1, 1) - 30.0, torch.arange(71) - 35.0) <= pixels * 0.9
+    assert grown[disc].all()  # without holes
+
+
+def test_shrink_is_the_growth_of_the_background():
+    alpha = random_photo(2, 1, 25, 19)
+    torch.testing.assert_close(adjust_matte(alpha, grow=-4), 1 - adjust_matte(1 - alpha, grow=4))
+    assert torch.equal(adjust_matte(torch.ones(9, 9), grow=-3), torch.ones(9, 9))  # the frame is no edge
+
+
+def test_grow_of_soft_values_is_the_maximum_in_reach():
+    alpha = random_photo(1, 12, 14)
+    expected = torch.nn.functional.max_pool2d(alpha[None], 3, stride=1, padding=1)[0]
+    assert torch.equal(adjust_matte(alpha, grow=1), expected)
+
+
+@pytest.mark.parametrize("deviation", [0.4, 1, 2.5, 8])
+def test_feather_is_a_blur_of_the_given_standard_deviation(deviation):
+    alpha = torch.zeros(101, 101, dtype=torch.float64)
+    alpha[50, 50] = 1
+    blurred = adjust_matte(alpha, feather=deviation)
+    offset = torch.arange(101, dtype=torch.float64) - 50
+    assert blurred.sum().item() == pytest.approx(1)
+    for dimension in (0, 1):
+        assert (blurred.sum(dimension) * offset**2).sum().item() == pytest.approx(deviation**2)
+
+
+def test_feather_keeps_constant_mattes_and_the_range():
+    assert torch.allclose(adjust_matte(torch.ones(1, 5, 6), feather=10), torch.ones(1, 5, 6))
+    feathered = adjust_matte((random_photo(1, 30, 40) > 0.5).float(), feather=3)
+    assert feathered.min() >= 0
+    assert feathered.max() <= 1
+
+
+def test_adjust_matte_gradient():
+    alpha = (0.1 + 0.3 * random_photo(1, 6, 5, dtype=torch.float64)).requires_grad_()
+    edit = {"sensitivity": 0.5, "grow": 1, "feather": 1.3, "invert": True}
+    assert torch.autograd.gradcheck(lambda a: adjust_matte(a, **edit), (alpha,))
+
+
+@pytest.mark.parametrize(
+    ("edit", "error", "message"),
+    [
+        ({"threshold": 1.5}, ValueError, "threshold.*1.5"),
+        ({"sensitivity": -1}, ValueError, "sensitivity.*-1"),
+        ({"grow": 1.5}, TypeError, "grow.*1.5"),
+        ({"feather": -2}, ValueError, "feather.*-2"),
+        ({"feather": float("inf")}, ValueError, "feather.*inf"),
+    ],
+)
+def test_adjust_matte_refuses(edit, error, message):
+    with pytest.raises(error, match=message):
+        adjust_matte(torch.zeros(4, 4), **edit)
+
+
+def test_adjust_matte_refuses_bytes_and_lines():
+    with pytest.raises(TypeError, match="uint8"):
+        adjust_matte(torch.zeros(4, 4, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="height, width"):
+        adjust_matte(torch.zeros(4))
+
+
+def test_composite_on_transparent_keeps_colours_and_matte():
+    image, alpha = random_photo(2, 3, 5, 4), random_photo(2, 1, 5, 4, seed=1)
+    result = composite(image, alpha)
+    assert torch.equal(result, torch.cat([image, alpha], dim=1))
+
+
+@pytest.mark.parametrize("colour", ["#ff8000", "rgb(255, 128, 0)", (255, 128, 0)])
+def test_composite_on_a_colour(colour):
+    image, alpha = random_photo(2, 3, 5, 4), random_photo(2, 1, 5, 4, seed=1)
+    expected = alpha * image + (1 - alpha) * torch.tensor([1, 128 / 255, 0]).view(3, 1, 1)
+    torch.testing.assert_close(composite(image, alpha, colour), expected)
+
+
+def test_composite_on_a_picture_covers_and_crops_the_middle():
+    picture = Image.new("RGB", (90, 30), "black")
+    picture.paste("white", (30, 0, 60, 30))  # the middle third is white
+    result = composite(torch.zeros(3, 20, 20), torch.zeros(1, 20, 20), picture)
+    assert result.shape == (3, 20, 20)
+    torch.testing.assert_close(result[:, :, 2:-2], torch.ones(3, 20, 16))
+    tall = composite(torch.zeros(3, 20, 20), torch.zeros(1, 20, 20), picture.rotate(90, expand=True))
+    torch.testing.assert_close(tall, result.transpose(-1, -2))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 50), (33, 12)])
+def test_composite_on_a_tensor_of_any_size(size):
+    image, alpha = random_photo(2, 3, 16, 11), random_photo(2, 1, 16, 11, seed=1)
+    result = composite(image, alpha, torch.full((3, *size), 0.25))
+    torch.testing.assert_close(result, alpha * image + (1 - alpha) * 0.25)
+
+
+def test_composite_gradient():
+    image = (0.1 + 0.8 * random_photo(3, 4, 5, dtype=torch.float64)).requires_grad_()
+    alpha = (0.1 + 0.8 * random_photo(1, 4, 5, seed=1, dtype=torch.float64)).requires_grad_()
+    background = (0.1 + 0.8 * random_photo(3, 6, 3, seed=2, dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradcheck(composite, (image, alpha, background))
+
+
+@pytest.mark.parametrize(
+    ("background", "error", "message"),
+    [
+        ("no-such-colour", ValueError, "no-such-colour"),
+        ("#ffffff80", ValueError, "three values"),
+        ((1, 2), ValueError, "three values"),
+        ((0, 0, 300), ValueError, "300"),
+        (7, TypeError, "int"),
+        (torch.zeros(4, 4), ValueError, r"\(4, 4\)"),
+        (torch.full((3, 4, 4), 200.0), ValueError, "200"),
+    ],
+)
+def test_composite_refuses(background, error, message):
+    with pytest.raises(error, match=message):
+        composite(torch.zeros(3, 4, 4), torch.zeros(1, 4, 4), background)

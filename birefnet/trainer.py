@@ -162,6 +162,9 @@ class BiRefNetTrainer(Trainer):
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         model = self.trained_model.eval()
+        if self.args.world_size > 1:  # each process has normalization statistics of its own; the first one's are saved
+            for buffer in model.buffers():
+                torch.distributed.broadcast(buffer, 0)
         rows = list(range(self.args.process_index, len(dataset), self.args.world_size))
         sums = torch.zeros(3, dtype=torch.float64)
         starts = range(0, len(rows), self.args.eval_batch_size)

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback, is_tensorboard_available
 
 from birefnet import repository_folder
@@ -261,7 +261,7 @@ def train(arguments: argparse.Namespace) -> dict[str, float | str]:
         _create_hub_repository(arguments)
     set_seed(arguments.seed)
     model, processor = build_model(arguments)
-    trainer = build_trainer(arguments, model, processor)
+    trainer = build_trainer(arguments, model, processor, checkpoint)
     best = BestModelCallback(trainer, arguments)
     trainer.add_callback(best)
     # The data's order has a generator of its own; augmentation and dropout must differ between processes.
@@ -276,14 +276,14 @@ def train(arguments: argparse.Namespace) -> dict[str, float | str]:
     return {"model": str(arguments.output), **{name: value for name, value in measured.items() if value is not None}}
 
 
-def build_trainer(arguments: argparse.Namespace, model, processor) -> BiRefNetTrainer:
-    """The trainer with its data, schedule and logs."""
+def build_trainer(arguments: argparse.Namespace, model, processor, checkpoint: str | None = None) -> BiRefNetTrainer:
+    """The trainer with its data, schedule and logs, to start anew or from a checkpoint."""
     size = (processor.size["height"], processor.size["width"])
     settings = augmentation_settings(arguments)
     training_data, validation_data = build_datasets(arguments, size, settings)
     trainer = BiRefNetTrainer(
         model=model,
-        args=training_arguments(arguments, model.config.task, training_data, validation_data),
+        args=training_arguments(arguments, model.config.task, training_data, validation_data, checkpoint),
         train_dataset=training_data,
         eval_dataset=validation_data,
         processing_class=processor,
@@ -315,10 +315,13 @@ def build_model(arguments: argparse.Namespace):
         if arguments.imagenet_backbone:
             raise UsageError("--imagenet-backbone is for training from scratch: name a --backbone or --init-config.")
         model, processor = load_model(str(arguments.model or repository_folder()), learning)
+    if model.config.freeze_backbone:  # loading makes every weight trainable
+        model.bb.requires_grad_(False)
     if arguments.lora_rank:
         add_low_rank_adapters(model, arguments.lora_rank)
     if arguments.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        # Its newer name in transformers; the older one warns there.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     _set_resolution(processor, arguments)
     return model, processor
 
@@ -455,10 +458,11 @@ def training_arguments(
     task: str,
     training_data: MattingDataset,
     validation_data: MattingDataset | None,
+    checkpoint: str | None = None,
 ) -> TrainingArguments:
     """The `TrainingArguments`, with the published recipe of the task where the options leave something open."""
-    is_new, validates = from_scratch(arguments), validation_data is not None
-    epochs = PUBLISHED_EPOCHS[task] if is_new else FINE_TUNING_EPOCHS
+    validates = validation_data is not None
+    epochs = PUBLISHED_EPOCHS[task] if from_scratch(arguments) else FINE_TUNING_EPOCHS
     processes = int(os.environ.get("WORLD_SIZE", 1))
     batch = arguments.batch_size * arguments.gradient_accumulation_steps * processes
     return TrainingArguments(
@@ -479,10 +483,7 @@ def training_arguments(
         use_cpu=arguments.cpu,
         seed=arguments.seed,
         eval_strategy="epoch" if validates else "no",
-        # What fine-tuning starts from is measured too: it should improve on it.
-        eval_on_start=validates and not is_new and arguments.resume is None,
-        metric_for_best_model="mae" if validates else None,
-        greater_is_better=False,
+        eval_on_start=validates and starts_with_validation(arguments, checkpoint),
         save_strategy="steps" if arguments.save_steps else "epoch",
         save_steps=arguments.save_steps or 500,
         save_total_limit=arguments.keep_checkpoints,
@@ -495,6 +496,19 @@ def training_arguments(
         dataloader_num_workers=min(8, os.cpu_count() or 1) if training_data.pixels is None else 0,
         dataloader_pin_memory=False,
     )
+
+
+def starts_with_validation(arguments: argparse.Namespace, checkpoint: str | None) -> bool:
+    """Whether there is something to validate before the first update.
+
+    There is what fine-tuning starts from, for it should improve on it; and the end of an epoch whose checkpoint was
+    written, as those of --save-steps are, before its validation.
+    """
+    if checkpoint is None:
+        return not from_scratch(arguments)
+    state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+    validated = any("eval_mae" in entry and entry["step"] == state.global_step for entry in state.log_history)
+    return state.epoch == int(state.epoch) and not validated
 
 
 def checkpoints_folder(output: Path) -> Path:
@@ -560,8 +574,7 @@ class BestModelCallback(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if state.best_metric is not None and metrics["eval_mae"] >= state.best_metric:
             return
-        if state.global_step == 0:
-            state.best_metric = metrics["eval_mae"]
+        state.best_metric = metrics["eval_mae"]
         self.save(state, metrics)
 
     def save(self, state, metrics: dict[str, float] | None = None):
@@ -573,7 +586,9 @@ class BestModelCallback(TrainerCallback):
     @staticmethod
     def mae_before(state) -> float | None:
         """The validation's MAE before the first update, if it was measured."""
-        return next((entry["eval_mae"] for entry in state.log_history if entry["step"] == 0), None)
+        return next(
+            (entry["eval_mae"] for entry in state.log_history if entry["step"] == 0 and "eval_mae" in entry), None
+        )
 
 
 class SampleMattesCallback(TrainerCallback):

@@ -52,6 +52,7 @@ def training_card(arguments: argparse.Namespace, trainer, state, metrics: dict[s
     is_new = arguments.init_config or hasattr(arguments, "backbone")
     base = None if is_new else arguments.model
     data = ModelCardData(
+        license="unknown",  # it depends on the data and the weights that it started from; for the owner to say
         library_name="transformers",
         pipeline_tag="image-segmentation",
         tags=list(TAGS),

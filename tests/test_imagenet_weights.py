@@ -1,0 +1,73 @@
+"""`birefnet.imagenet_weights`, with timm models whose random weights stand for the downloaded ones."""
+
+import pytest
+import torch
+
+
+timm = pytest.importorskip("timm")
+
+from birefnet.imagenet_weights import SWIN_SOURCES, load_imagenet_weights, rename_swin
+from birefnet.repository.configuration_birefnet import BiRefNetConfig
+from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
+
+from .conftest import TINY_CONFIG
+
+
+@pytest.fixture
+def offline_timm(monkeypatch):
+    """`timm.create_model(pretrained=True)` makes random weights and keeps the model."""
+    made, create_model = [], timm.create_model
+
+    def create(name, pretrained=False, **options):
+        model = create_model(name, **options)
+        if pretrained:
+            made.append((name, model))
+        return model
+
+    monkeypatch.setattr(timm, "create_model", create)
+    return made
+
+
+def test_swin_computes_what_timm_computes(offline_timm):
+    torch.manual_seed(0)
+    model = BiRefNetForImageSegmentation(BiRefNetConfig(backbone="swin_v1_t", drop_path_rate=0.0)).eval()
+    load_imagenet_weights(model)
+    name, source = offline_timm[0]
+    assert name == "swin_tiny_patch4_window7_224.ms_in22k"
+    source.eval()
+    images = torch.randn(1, 3, 224, 224)
+    features, mine = source.patch_embed(images), model.bb(images)
+    for stage, norm, found in zip(source.layers, (model.bb.norm0, model.bb.norm1, model.bb.norm2, model.bb.norm3),
+                                  mine, strict=True):  # fmt: skip
+        features = stage(features)  # (B, H, W, C)
+        torch.testing.assert_close(found, norm(features).permute(0, 3, 1, 2), rtol=1e-3, atol=1e-4)
+
+
+def test_timm_backbone_gets_every_weight(offline_timm):
+    model = BiRefNetForImageSegmentation(BiRefNetConfig(**TINY_CONFIG))
+    load_imagenet_weights(model)
+    (_, source), mine = offline_timm[0], model.bb.state_dict()
+    assert source.state_dict().keys() == mine.keys()
+    assert all(torch.equal(value, mine[key]) for key, value in source.state_dict().items())
+
+
+def test_sources_have_the_shapes_of_the_official_backbones():
+    for backbone, name in SWIN_SOURCES.items():
+        with torch.device("meta"):
+            source = timm.create_model(name)
+            model = BiRefNetForImageSegmentation(BiRefNetConfig(backbone=backbone))
+        mine = {key: value.shape for key, value in model.bb.state_dict().items()}
+        shapes = {key: value.shape for key, value in rename_swin(source.state_dict()).items()}
+        assert {key: mine[key] for key in shapes if key in mine} == shapes
+        missing = [key for key in mine.keys() - shapes.keys() if "relative_position_index" not in key]
+        assert sorted(missing) == sorted(f"norm{i}.{part}" for i in range(4) for part in ("weight", "bias"))
+
+
+def test_weights_out_of_reach_are_an_error_that_names_them(monkeypatch):
+    def unreachable(*arguments, **options):
+        raise ConnectionError("no route to host")
+
+    model = BiRefNetForImageSegmentation(BiRefNetConfig(**TINY_CONFIG))
+    monkeypatch.setattr(timm, "create_model", unreachable)
+    with pytest.raises(OSError, match=r"test_resnet cannot be had: no route"):
+        load_imagenet_weights(model)

@@ -4,11 +4,13 @@ import pytest
 import torch
 
 
-timm = pytest.importorskip("timm")
+pytest.importorskip("timm")
 
-from birefnet.imagenet_weights import SWIN_SOURCES, load_imagenet_weights, rename_swin
+import timm
 from birefnet.repository.configuration_birefnet import BiRefNetConfig
 from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
+
+from birefnet.imagenet_weights import SWIN_SOURCES, load_imagenet_weights, rename_swin
 
 from .conftest import TINY_CONFIG
 
@@ -37,10 +39,11 @@ def test_swin_computes_what_timm_computes(offline_timm):
     source.eval()
     images = torch.randn(1, 3, 224, 224)
     features, mine = source.patch_embed(images), model.bb(images)
-    for stage, norm, found in zip(source.layers, (model.bb.norm0, model.bb.norm1, model.bb.norm2, model.bb.norm3),
-                                  mine, strict=True):  # fmt: skip
-        features = stage(features)  # (B, H, W, C)
-        torch.testing.assert_close(found, norm(features).permute(0, 3, 1, 2), rtol=1e-3, atol=1e-4)
+    # Not the last one: its map is a single window here, which timm never shifts and the detection code does.
+    for i in range(3):
+        features = source.layers[i](features)  # (B, H, W, C)
+        expected = getattr(model.bb, f"norm{i}")(features).permute(0, 3, 1, 2)
+        torch.testing.assert_close(mine[i], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_timm_backbone_gets_every_weight(offline_timm):

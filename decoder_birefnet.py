@@ -100,8 +100,8 @@ class LateralBlock(nn.Module):
 
 def image_to_patches(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """
-    (B, 3, H, W) → (B, 3·(H/h)·(W/w), h, w): the image cut into tiles of `size` (h, w) laid side by side as channels, in
-    the order channel, tile row, tile column. In channels-last memory.
+    (B, 3, H, W) → (B, 3·(H/h)·(W/w), h, w): the image cut into tiles of `size` (h, w) laid side by side as channels,
+    in the order channel, tile row, tile column. In channels-last memory.
     """
     batch, channels, height, width = image.shape
     h, w = size
@@ -169,22 +169,23 @@ class BiRefNetDecoder(nn.Module):
             image: (B, 3, H, W).
 
         Returns:
-            The logits (B, 1, H, W), and in training the `auxiliary_logits`, `gradient_logits` and `gradient_targets` of
-            stages 4, 3, 2.
+            The logits (B, 1, H, W), and in training the `auxiliary_logits`, `gradient_logits` and `gradient_targets`
+            of stages 4, 3, 2.
         """
         x1, x2, x3, x4 = self.build_pyramid(features, image) if self.needs_neck else features
         training_outputs: dict[str, tuple] = {}
+        gradient = image_laplacian(image) if self.training and self.config.gradient_reference else None
 
         p4 = self.decoder_block4(self.see_source(x4, image, 5))
-        p4 = self.refer_to_gradient(p4, image, 4, training_outputs)
+        p4 = self.refer_to_gradient(p4, gradient, 4, training_outputs)
 
         p3 = resize(p4, x3.shape[-2:]) + self.lateral_block4(x3)
         p3 = self.decoder_block3(self.see_source(p3, image, 4))
-        p3 = self.refer_to_gradient(p3, image, 3, training_outputs)
+        p3 = self.refer_to_gradient(p3, gradient, 3, training_outputs)
 
         p2 = resize(p3, x2.shape[-2:]) + self.lateral_block3(x2)
         p2 = self.decoder_block2(self.see_source(p2, image, 3))
-        p2 = self.refer_to_gradient(p2, image, 2, training_outputs)
+        p2 = self.refer_to_gradient(p2, gradient, 2, training_outputs)
 
         p1 = resize(p2, x1.shape[-2:]) + self.lateral_block2(x1)
         # The last convolution is 1×1 and resizing is linear with weights that sum to one, so the convolution goes
@@ -220,7 +221,11 @@ class BiRefNetDecoder(nn.Module):
         return torch.cat([hidden_states, getattr(self, f"ipt_blk{level}")(source)], dim=1)
 
     def refer_to_gradient(
-        self, hidden_states: torch.Tensor, image: torch.Tensor, stage: int, training_outputs: dict[str, tuple]
+        self,
+        hidden_states: torch.Tensor,
+        gradient: torch.Tensor | None,
+        stage: int,
+        training_outputs: dict[str, tuple],
     ) -> torch.Tensor:
         """Gates a stage by its gradient features; in training adds what supervises the stage to `training_outputs`."""
 
@@ -237,5 +242,5 @@ class BiRefNetDecoder(nn.Module):
         if self.training:
             collect("gradient_logits", getattr(self, f"gdt_convs_pred_{stage}")(gradient_features))
             # The target follows the stage's own prediction, without a detach, as published.
-            collect("gradient_targets", image_laplacian(image) * resize(stage_logits, image.shape[-2:]))
+            collect("gradient_targets", gradient * resize(stage_logits, gradient.shape[-2:]))
         return hidden_states * torch.sigmoid(getattr(self, f"gdt_convs_attn_{stage}")(gradient_features))

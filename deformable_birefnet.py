@@ -42,7 +42,7 @@ def deformable_convolution(
         ValueError: if a shape does not fit the others.
     """
     batch, channels, height, width = hidden_states.shape
-    out_channels, weight_channels, kernel_size, _ = weight.shape
+    out_channels, _, kernel_size, _ = weight.shape
     first, last = rows if rows is not None else (0, height)
     taps = kernel_size**2
     if weight.shape[1:] != (channels, kernel_size, kernel_size) or kernel_size % 2 == 0:

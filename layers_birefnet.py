@@ -6,7 +6,7 @@ from torch import nn
 
 
 def resize(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Bilinear resizing of (B, C, h, w) with aligned corners, the only kind in BiRefNet; a copy is not made in vain."""
+    """Bilinear resizing of (B, C, h, w) with aligned corners, the only kind in BiRefNet; none if it has the size."""
     if tuple(maps.shape[-2:]) == tuple(size):
         return maps
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=True)

@@ -69,23 +69,26 @@ def iou_loss(probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return (1 - intersection / union.clamp_min(torch.finfo(union.dtype).tiny)).sum()
 
 
-def gaussian_window(size: int, sigma: float, like: torch.Tensor) -> torch.Tensor:
-    """(1, 1, size, size), of sum 1."""
-    places = torch.arange(size, dtype=torch.float32, device=like.device) - size // 2
-    line = torch.exp(-(places**2) / (2 * sigma**2))
-    line = line / line.sum()
-    return torch.outer(line, line)[None, None].to(like.dtype)
+def gaussian_blur_matrix(size: int, like: torch.Tensor) -> torch.Tensor:
+    """(size, size): multiplying by it blurs along an axis with 11 taps of σ 1.5 and zeros beyond the border."""
+    places = torch.arange(size, dtype=torch.float32, device=like.device)
+    distance = places[:, None] - places[None, :]
+    taps = torch.arange(-5, 6, dtype=torch.float32, device=like.device)
+    total = torch.exp(-(taps**2) / 4.5).sum()
+    return (torch.exp(-(distance**2) / 4.5) / total * (distance.abs() <= 5)).to(like.dtype)
 
 
 def ssim_loss(probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """
     (1 − SSIM) / 2 of (B, 1, H, W) maps in [0, 1] (Wang et al. 2004): Gaussian window 11×11 of σ 1.5, zero padding,
     C1 = 0.01², C2 = 0.03².
+
+    The window is separable, and two matrix products blur many times faster than a convolution of one channel.
     """
-    window = gaussian_window(11, 1.5, probabilities)
     p, y = probabilities, labels
-    maps = torch.cat([p, y, p * p, y * y, p * y])
-    mean_p, mean_y, mean_pp, mean_yy, mean_py = F.conv2d(maps, window, padding=5).chunk(5)
+    rows, columns = gaussian_blur_matrix(p.shape[-2], p), gaussian_blur_matrix(p.shape[-1], p)
+    blurred = rows @ torch.cat([p, y, p * p, y * y, p * y]) @ columns
+    mean_p, mean_y, mean_pp, mean_yy, mean_py = blurred.chunk(5)
     variance_p, variance_y = mean_pp - mean_p**2, mean_yy - mean_y**2
     covariance = mean_py - mean_p * mean_y
     c1, c2 = 0.01**2, 0.03**2
@@ -107,7 +110,7 @@ class BiRefNetLoss:
         self.weights = weights
 
     def pixel_terms(self, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The weighted terms for logits of any size against labels (B, 1, H, W) in [0, 1]; terms of weight 0 are left out."""
+        """The weighted terms of logits (B, 1, h, w) against labels (B, 1, H, W) in [0, 1]; none for a weight of 0."""
         logits = resize(logits, labels.shape[-2:]).float()
         labels = labels.float()
         probabilities = logits.sigmoid()
@@ -144,10 +147,11 @@ class BiRefNetLoss:
             The total, and its terms by name, weights included, each summed over the outputs and detached.
         """
         terms: dict[str, torch.Tensor] = {}
-        for output in logits:
-            for name, value in self.pixel_terms(output, labels).items():
-                terms[name] = terms[name] + value if name in terms else value
-        if gradient_logits:
-            terms["gradient"] = self.gradient_loss(gradient_logits, gradient_targets)
+        with torch.autocast(labels.device.type, enabled=False):  # variances do not survive half precision
+            for output in logits:
+                for name, value in self.pixel_terms(output, labels).items():
+                    terms[name] = terms[name] + value if name in terms else value
+            if gradient_logits:
+                terms["gradient"] = self.gradient_loss(gradient_logits, gradient_targets)
         total = sum(terms.values()) if terms else logits[-1].sum() * 0
         return total, {name: value.detach() for name, value in terms.items()}

@@ -11,6 +11,14 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, logging
 
 from .backbone_birefnet import WindowAttention, create_backbone, relative_position_index
+from .checkpoint_birefnet import (
+    check_backbone,
+    check_layout,
+    clean_state_dict,
+    config_from_state_dict,
+    locate_foreign_checkpoint,
+    read_checkpoint,
+)
 from .configuration_birefnet import BiRefNetConfig
 from .decoder_birefnet import BiRefNetDecoder, DecoderBlock
 from .deformable_birefnet import ATTENTION_BLOCKS, DeformableConvolution
@@ -24,6 +32,8 @@ if TYPE_CHECKING:  # never run: names the files that have to travel with the mod
 
 
 logger = logging.get_logger(__name__)
+
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
 @dataclass
@@ -61,7 +71,7 @@ class BiRefNetPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
     # Modules that use the parameters of their children directly have to stay on one device.
-    _no_split_modules = ["SwinBlock", "PatchMerging", "DecoderBlock", "ASPPDeformable", "ASPP", "BiRefNetDecoder"]
+    _no_split_modules = ("SwinBlock", "PatchMerging", "DecoderBlock", "ASPPDeformable", "ASPP", "BiRefNetDecoder")
     _supports_sdpa = True
     _can_compile_fullgraph = True
 
@@ -88,6 +98,36 @@ class BiRefNetPreTrainedModel(PreTrainedModel):
                 init.zeros_(convolution.bias)
         elif hasattr(module, "init_non_persistent_buffers"):  # timm's: lost on the meta device
             module.init_non_persistent_buffers()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, state_dict=None, **kwargs):
+        """
+        As [`~transformers.PreTrainedModel.from_pretrained`], and also loads a single `.safetensors` or `.pth` file and
+        the official repositories, whose `config.json` says nothing of the network: their tensors do.
+
+        Raises:
+            ValueError: if the weights are of the old layout or of another backbone than `config` names.
+        """
+        if pretrained_model_name_or_path is not None and state_dict is None:
+            options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+            if file := locate_foreign_checkpoint(pretrained_model_name_or_path, **options):
+                state_dict = clean_state_dict(read_checkpoint(file))
+                config = config or config_from_state_dict(state_dict)
+                check_layout(state_dict)
+                check_backbone(config, state_dict)
+                kwargs.setdefault("dtype", dtype_of(state_dict))
+                pretrained_model_name_or_path = None
+        return super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, config=config, state_dict=state_dict, **kwargs
+        )
+
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """As in PyTorch, for the state dicts of wrapped models and with half-precision or no index buffers as well."""
+        state_dict = clean_state_dict(state_dict)
+        if any(key.startswith("bb.") for key in state_dict):
+            check_layout(state_dict)
+            check_backbone(self.config, state_dict)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def _set_gradient_checkpointing(self, enable: bool = True, **kwargs):
         super()._set_gradient_checkpointing(enable, **kwargs)
@@ -160,6 +200,11 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
         if return_dict is None:
             return_dict = self.config.return_dict
         pixel_values = pixel_values.to(self.dtype)
+        if self.dtype == torch.float16 and self.device.type == "cpu":
+            logger.warning_once(
+                "float16 on a CPU can be hundreds of times slower than float32: load with dtype=torch.float32 or "
+                "torch.bfloat16."
+            )
 
         x1, x2, x3, x4 = features = self.encode(pixel_values)
         if self.config.squeeze_block is not None:
@@ -201,6 +246,10 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
         if self.config.multi_scale_input == "add":
             return [full + half for full, half in zip(features, half_features, strict=True)]
         return [torch.cat([full, half], dim=1) for full, half in zip(features, half_features, strict=True)]
+
+
+def dtype_of(state_dict: dict[str, torch.Tensor]) -> torch.dtype:
+    return next(tensor.dtype for tensor in state_dict.values() if tensor.is_floating_point())
 
 
 def create_squeeze_block(config: BiRefNetConfig, in_channels: int, out_channels: int) -> nn.Module:

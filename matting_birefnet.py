@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 # Pixels worked on at once: intermediate sums stay in the processor's cache and do not grow with the photo.
-_PIXELS_PER_BAND = 2**19
+_PIXELS_PER_BAND = 2**18
 
 
 def _mirrored_indices(start: int, stop: int, size: int, device: torch.device) -> torch.Tensor:
@@ -21,45 +21,53 @@ def _mirrored_indices(start: int, stop: int, size: int, device: torch.device) ->
     return torch.minimum(index, period - index)
 
 
-def _bands(height: int, width: int, box_size: int) -> Iterator[tuple[int, int]]:
-    """Row ranges that cover a picture; never so low that their halo of `box_size` rows dominates the work."""
-    step = max(_PIXELS_PER_BAND // width, 2 * box_size)
-    for start in range(0, height, step):
-        yield start, min(start + step, height)
-
-
-def _rows_with_halo(image: torch.Tensor, start: int, stop: int, box_size: int) -> torch.Tensor:
-    """Rows `start..stop-1` and the rows beyond them that `_box_sum_of_rows` needs: (..., stop - start + box, W)."""
+def _mirrored_rows(image: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Rows `start..stop-1` of (..., H, W), which may lie outside: a view where they do not."""
     height = image.shape[-2]
-    first, last = start - box_size // 2 - 1, stop + box_size - 1 - box_size // 2
-    if first >= 0 and last <= height:
-        return image[..., first:last, :]  # a view, no copy
-    return image.index_select(-2, _mirrored_indices(first, last, height, image.device))
+    if start >= 0 and stop <= height:
+        return image[..., start:stop, :]
+    return image.index_select(-2, _mirrored_indices(start, stop, height, image.device))
 
 
-def _box_sum_of_rows(rows: torch.Tensor, box_size: int) -> torch.Tensor:
+def _bands(height: int, width: int) -> list[slice]:
+    """Slices of rows that cover a picture from top to bottom."""
+    step = max(_PIXELS_PER_BAND // width, 1)
+    return [slice(start, min(start + step, height)) for start in range(0, height, step)]
+
+
+def _box_sums(image: torch.Tensor, box_size: int, weight: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
     """
-    Sum over windows of `box_size` x `box_size` pixels: (..., h + box, W), as of `_rows_with_halo`, to (..., h, W).
+    Sums over windows of `box_size` x `box_size` pixels of the mirrored (..., H, W) image, times `weight` if given, for
+    one of `_bands` after the other.
 
-    A window reaches `box_size // 2` to the top and left. Each window sum is a difference of two running sums, so the
-    work does not depend on the box; float64 keeps that difference exact enough to be divided by small sums (float32
-    where the device has no float64).
+    A window reaches `box_size // 2` to the top and left. Running sums (rows enter below and leave above; then the same
+    along the rows) make the work independent of the box. They are float64, so that what is left of large sums is exact
+    enough to be divided by small ones (float32 where the device has no float64).
     """
-    accumulator = torch.float32 if rows.device.type == "mps" else torch.float64
-    width, left = rows.shape[-1], box_size // 2
-    sums = rows.cumsum(-2, dtype=accumulator)
-    sums = sums[..., box_size:, :] - sums[..., :-box_size, :]  # (..., h, W)
-    before = sums.index_select(-1, _mirrored_indices(-left - 1, 0, width, rows.device))
-    after = sums.index_select(-1, _mirrored_indices(width, width + box_size - 1 - left, width, rows.device))
-    sums = torch.cat([before, sums, after], dim=-1).cumsum(-1)  # (..., h, W + box)
-    return (sums[..., box_size:] - sums[..., :-box_size]).to(rows.dtype)
+    accumulator = torch.float32 if image.device.type == "mps" else torch.float64
+    width, above = image.shape[-1], box_size // 2
+    below = box_size - 1 - above
+    left = _mirrored_indices(-above - 1, 0, width, image.device)
+    right = _mirrored_indices(width, width + below, width, image.device)
+
+    def rows(start: int, stop: int) -> torch.Tensor:
+        values = _mirrored_rows(image, start, stop)
+        return values if weight is None else values * _mirrored_rows(weight, start, stop)
+
+    last_sum = rows(-1 - above, below).sum(-2, keepdim=True, dtype=accumulator)  # (..., 1, W): the window of row -1
+    for band in _bands(*image.shape[-2:]):
+        entering, leaving = (rows(band.start + shift, band.stop + shift) for shift in (below, -above - 1))
+        change = entering.to(accumulator) - leaving
+        change[..., :1, :] += last_sum
+        sums = change.cumsum(-2)  # (..., h, W)
+        last_sum = sums[..., -1:, :]
+        sums = torch.cat([sums.index_select(-1, left), sums, sums.index_select(-1, right)], dim=-1).cumsum(-1)
+        yield (sums[..., box_size:] - sums[..., :-box_size]).to(image.dtype)
 
 
 def _box_mean(image: torch.Tensor, box_size: int) -> torch.Tensor:
     """Mean over `box_size` x `box_size` windows of a mirrored image: (..., H, W) to (..., H, W)."""
-    bands = _bands(*image.shape[-2:], box_size)
-    sums = [_box_sum_of_rows(_rows_with_halo(image, *band, box_size), box_size) for band in bands]
-    return torch.cat(sums, dim=-2) / box_size**2
+    return torch.cat(list(_box_sums(image, box_size)), dim=-2) / box_size**2
 
 
 def _check_unit_range(name: str, tensor: torch.Tensor) -> None:
@@ -92,18 +100,16 @@ def _blur_fusion(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One pass of the estimator: better foreground and background colours from (..., 3, H, W) estimates of both."""
     new_foreground, new_background = torch.empty_like(image), torch.empty_like(image)
-    for start, stop in _bands(*image.shape[-2:], box_size):
-        band = slice(start, stop)
-        alpha_rows = _rows_with_halo(alpha, start, stop, box_size)
-        foreground_weight, background_weight = alpha_rows / box_size**2, (1 - alpha_rows) / box_size**2
-        alpha_mean = _box_sum_of_rows(foreground_weight, box_size)
-        foreground_norm, background_norm = alpha_mean + 1e-5, 1 - alpha_mean + 1e-5
-        for index in range(3):  # one channel at a time: a third of the memory, and it fits the cache
-            channel = slice(index, index + 1)
-            foreground_rows = _rows_with_halo(foreground[..., channel, :, :], start, stop, box_size)
-            background_rows = _rows_with_halo(background[..., channel, :, :], start, stop, box_size)
-            foreground_mean = _box_sum_of_rows(foreground_rows * foreground_weight, box_size) / foreground_norm
-            background_mean = _box_sum_of_rows(background_rows * background_weight, box_size) / background_norm
+    window, complement = box_size**2, 1 - alpha
+    channels = [slice(index, index + 1) for index in range(3)]  # one at a time is a third of the memory
+    foreground_sums = [_box_sums(foreground[..., channel, :, :], box_size, alpha) for channel in channels]
+    background_sums = [_box_sums(background[..., channel, :, :], box_size, complement) for channel in channels]
+    for band, alpha_sum in zip(_bands(*image.shape[-2:]), _box_sums(alpha, box_size), strict=True):
+        # Quotients of sums are quotients of means; the means' 1e-5 becomes 1e-5 of the window.
+        foreground_norm, background_norm = alpha_sum + 1e-5 * window, (1 + 1e-5) * window - alpha_sum
+        for channel, foreground_sum, background_sum in zip(channels, foreground_sums, background_sums, strict=True):
+            foreground_mean = next(foreground_sum) / foreground_norm
+            background_mean = next(background_sum) / background_norm
             # What the smooth colours do not explain of the photo is the foreground's own detail.
             explained = torch.lerp(background_mean, foreground_mean, alpha[..., band, :])
             detail = alpha[..., band, :] * (image[..., channel, band, :] - explained)

@@ -1,5 +1,6 @@
 """Foreground colours, matte edits and compositing."""
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,17 @@ def test_foreground_in_bands_equals_the_foreground_in_one_piece(monkeypatch):
     whole = estimate_foreground(image, alpha, (9, 4))
     monkeypatch.setitem(estimate_foreground.__globals__, "_PIXELS_PER_BAND", 1)
     torch.testing.assert_close(estimate_foreground(image, alpha, (9, 4)), whole, atol=1e-6, rtol=0)
+
+
+def test_foreground_takes_no_longer_for_larger_boxes():
+    image, alpha = random_photo(3, 400, 400), random_photo(1, 400, 400, seed=1)
+
+    def seconds(box):
+        start = time.process_time()
+        estimate_foreground(image, alpha, (box,))
+        return time.process_time() - start
+
+    assert min(seconds(160) for _ in range(5)) < 4 * min(seconds(4) for _ in range(5))  # sums of windows: 40 times
 
 
 def test_foreground_is_exact_where_the_matte_is_almost_empty():

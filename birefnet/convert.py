@@ -180,9 +180,8 @@ def write_folder(folder, model, processor, card):
     model.config.architectures = [type(model).__name__]
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     source = repository_folder()
-    # Written, not saved through the classes: saving copies the code of one class, here it is copied whole.
-    (folder / "config.json").write_text(model.config.to_json_string(use_diff=False), encoding="utf-8")
-    (folder / "preprocessor_config.json").write_text(processor.to_json_string(), encoding="utf-8")
+    model.config.save_pretrained(folder)
+    processor.save_pretrained(folder)
     for file in (*sorted(source.glob("*_birefnet.py")), source / "handler.py", source / "LICENSE"):
         shutil.copyfile(file, folder / file.name)
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -317,9 +316,9 @@ def load_source(source, variant_name=None, dtype=None):
         `tuple`: the model, its processor, and the [`Variant`] or `None`.
     """
     import torch
-
     from birefnet.repository.checkpoint_birefnet import config_from_state_dict
-    from birefnet.variants import get_variant, processor_settings
+
+    from birefnet.variants import get_variant
 
     variant = None
     try:
@@ -337,7 +336,7 @@ def load_source(source, variant_name=None, dtype=None):
         config.task = variant.config["task"] if variant else config.task
     settings = _own_settings(checkpoint, "preprocessor_config.json")
     if settings is None:
-        settings = processor_settings(variant) if variant else {}
+        settings = variant.processor if variant else {}
     model = model_from_state_dict(config, state_dict, getattr(torch, dtype) if dtype else None)
     return model, build_processor(settings), variant
 

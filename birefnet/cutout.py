@@ -36,6 +36,7 @@ examples:
   birefnet cutout photos/ -o cutouts/                # a folder with its sub-folders, kept in the output
   birefnet cutout "shop/**/*.jpg" -o white/ --background white --format jpeg
   birefnet cutout photo.jpg --background beach.jpg
+  birefnet cutout photo.jpg --variant portrait
   birefnet cutout photo.jpg --mask --grow -2 --feather 1.5
   birefnet cutout photos/ -o cutouts/ --batch-size 4 --device cuda --dtype float16
   birefnet cutout photos/ -o cutouts/ --json | jq 'select(.error)'
@@ -68,7 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--overwrite", action="store_true", help="replace existing results (never a photo)")
     output.add_argument("--json", action="store_true", help="print one JSON object per photo on stdout")
     _add_matte_arguments(parser.add_argument_group("mask edits, in this order"))
-    _add_model_arguments(parser.add_argument_group("model"))
+    model = parser.add_argument_group("model")
+    model.add_argument("--variant", metavar="NAME", help="a published checkpoint, see `birefnet variants`")
+    _add_model_arguments(model)
 
 
 def _add_matte_arguments(group) -> None:
@@ -168,7 +171,7 @@ def run(arguments: argparse.Namespace) -> int:
         if jobs:
             for report in cut_out_photos(
                 jobs,
-                load_remover(arguments),
+                load_remover(arguments, arguments.variant),
                 batch_size=arguments.batch_size,
                 picture_format=arguments.format,
                 overwrite=arguments.overwrite,
@@ -217,9 +220,10 @@ def _read_background(background: str | None):
         ) from None
 
 
-def load_remover(arguments: argparse.Namespace):
+def load_remover(arguments: argparse.Namespace, variant: str | None = None):
     """
-    The background-removal pipeline on the device, in the dtype and at the resolution that the arguments ask for.
+    The background-removal pipeline on the device, in the dtype and at the resolution that the arguments ask for, with
+    the model that they name or with a published variant.
 
     Raises:
         CommandError: the model cannot be loaded, or the device is not there.
@@ -230,16 +234,23 @@ def load_remover(arguments: argparse.Namespace):
     from birefnet.repository.pipeline_birefnet import BiRefNetPipeline
     from transformers.utils.logging import disable_progress_bar
 
+    from birefnet.variants import load_variant
+
     disable_progress_bar()
+    if variant and arguments.model:
+        raise UsageError("--variant and --model contradict each other")
     device = _find_device(arguments.device)
     dtype = arguments.dtype
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else "float16"
-    source = str(arguments.model or repository_folder())
+    source = str(variant or arguments.model or repository_folder())
     try:
         # This project's own classes, never code from the model's repository: a name is no reason to run its code.
-        model = BiRefNetForImageSegmentation.from_pretrained(source, dtype=getattr(torch, dtype))
-        processor = BiRefNetImageProcessor.from_pretrained(source)
+        if variant:
+            model, processor = load_variant(variant, device, getattr(torch, dtype))
+        else:
+            model = BiRefNetForImageSegmentation.from_pretrained(source, dtype=getattr(torch, dtype))
+            processor = BiRefNetImageProcessor.from_pretrained(source)
     except (OSError, ValueError, RuntimeError) as error:
         raise CommandError(f"the model {source} cannot be loaded: {error}") from error
     _set_resolution(processor, arguments.resolution)

@@ -121,8 +121,13 @@ def _explained(repository, what):
     except hub.RemoteEntryNotFoundError as error:
         raise DownloadError(f"{what} lacks the file of weights: {error}") from error
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
-        reason = "HF_HUB_OFFLINE is set" if is_offline_mode() else f"the Hub could not be reached ({error.__cause__})"
+        cause = str(error.__cause__ or error).splitlines()[0]
+        reason = "HF_HUB_OFFLINE is set" if is_offline_mode() else f"the Hub did not give it ({cause})"
         raise DownloadError(f"{what} is not in the cache, and {reason}.") from error
+    except hub.HfHubHTTPError as error:
+        if error.response.status_code == 401:
+            raise DownloadError(f"{what}: the Hub does not know your token; run 'hf auth login'.") from error
+        raise DownloadError(f"{what} could not be fetched: {error}") from error
     except OSError as error:
         if error.errno in _NO_SPACE:
             raise DownloadError(f"{what} does not fit on the disk of the cache: {error}") from error

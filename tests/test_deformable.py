@@ -1,0 +1,142 @@
+"""Deformable convolution and the pyramid pooling built from it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from birefnet.repository import deformable_birefnet
+from birefnet.repository.deformable_birefnet import (
+    ASPP,
+    ASPPDeformable,
+    DeformableConvolution,
+    deformable_convolution,
+    rows_per_tile,
+)
+
+
+def example(kernel_size, batch=2, channels=4, height=9, width=11, out_channels=5, dtype=torch.float32, spread=4.0):
+    generator = torch.Generator().manual_seed(kernel_size)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=dtype)
+
+    taps = kernel_size**2
+    return (
+        random(batch, channels, height, width),
+        spread * random(batch, 2 * taps, height, width),
+        2 * torch.sigmoid(random(batch, taps, height, width)),
+        random(out_channels, channels, kernel_size, kernel_size),
+    )
+
+
+def plain(hidden_states, offsets, modulation, weight):
+    """The definition, pixel by pixel."""
+    batch, _, height, width = hidden_states.shape
+    out_channels, _, kernel_size, _ = weight.shape
+    output = hidden_states.new_zeros(batch, out_channels, height, width)
+
+    def pixel(b, row, column):
+        inside = 0 <= row < height and 0 <= column < width
+        return hidden_states[b, :, row, column] if inside else torch.zeros_like(hidden_states[b, :, 0, 0])
+
+    for b in range(batch):
+        for row in range(height):
+            for column in range(width):
+                for tap in range(kernel_size**2):
+                    y = row + tap // kernel_size - kernel_size // 2 + offsets[b, 2 * tap, row, column].item()
+                    x = column + tap % kernel_size - kernel_size // 2 + offsets[b, 2 * tap + 1, row, column].item()
+                    y0, x0 = int(y // 1), int(x // 1)
+                    sample = sum(
+                        (1 - abs(y - i)) * (1 - abs(x - j)) * pixel(b, i, j)
+                        for i in (y0, y0 + 1)
+                        for j in (x0, x0 + 1)
+                    )
+                    kernel = weight[:, :, tap // kernel_size, tap % kernel_size]
+                    output[b, :, row, column] += modulation[b, tap, row, column] * (kernel @ sample)
+    return output
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_deformable_convolution_equals_its_definition(kernel_size):
+    arguments = example(kernel_size, batch=1, height=5, width=6, dtype=torch.float64)
+    found = deformable_convolution(*arguments).permute(0, 3, 1, 2)
+    assert (found - plain(*arguments)).abs().max() < 1e-5  # places are float32 by design
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3, 7])
+def test_deformable_convolution_equals_torchvision(kernel_size):
+    ops = pytest.importorskip("torchvision.ops", reason="compares with torchvision's operator")
+    hidden_states, offsets, modulation, weight = example(kernel_size)
+    expected = ops.deform_conv2d(hidden_states, offsets, weight, padding=kernel_size // 2, mask=modulation)
+    found = deformable_convolution(hidden_states, offsets, modulation, weight).permute(0, 3, 1, 2)
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_zero_offsets_and_unit_modulation_make_an_ordinary_convolution():
+    hidden_states, offsets, modulation, weight = example(3)
+    found = deformable_convolution(hidden_states, 0 * offsets, torch.ones_like(modulation), weight)
+    assert torch.allclose(found.permute(0, 3, 1, 2), F.conv2d(hidden_states, weight, padding=1), atol=1e-5)
+
+
+def test_places_far_outside_and_at_the_border_count_as_zero():
+    hidden_states, offsets, modulation, weight = example(1)
+    far = torch.full_like(offsets, 1e30)
+    assert (deformable_convolution(hidden_states, far, modulation, weight) == 0).all()
+    assert (deformable_convolution(hidden_states, -far, modulation, weight) == 0).all()
+
+
+def test_deformable_convolution_is_differentiable(monkeypatch):
+    # gradcheck compares in float64; the places' float32 would hide behind its step, so let them follow.
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: self)
+    hidden_states, offsets, modulation, weight = example(
+        3, batch=1, channels=2, height=4, width=3, out_channels=2, dtype=torch.float64, spread=0.3
+    )
+    offsets = offsets.clamp(-0.4, 0.4) + 0.5  # away from whole pixels, where bilinear sampling has a kink
+    inputs = [tensor.detach().requires_grad_() for tensor in (hidden_states, offsets, modulation, weight)]
+    assert torch.autograd.gradcheck(deformable_convolution, inputs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({1: (2, 4, 9, 11)}, "offsets have shape"),
+        ({2: (2, 3, 9, 11)}, "modulation has shape"),
+        ({3: (5, 3, 3, 3)}, "weight of shape"),
+        ({3: (5, 4, 2, 2)}, "odd k"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(change, message):
+    arguments = list(example(3))
+    for index, shape in change.items():
+        arguments[index] = torch.zeros(shape)
+    with pytest.raises(ValueError, match=message):
+        deformable_convolution(*arguments)
+
+
+@pytest.mark.parametrize("pyramid", [ASPP, ASPPDeformable])
+def test_pyramid_pooling_equals_its_definition_in_tiles_and_whole(pyramid, monkeypatch):
+    torch.manual_seed(0)
+    module = pyramid(6).eval()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    for norm in module.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+    hidden_states = torch.randn(2, 6, 13, 10)
+
+    branches = [F.relu(branch.bn(branch.atrous_conv(hidden_states))) for branch in module.branches()]
+    pooled = module.global_avg_pool(hidden_states).expand(-1, -1, 13, 10)
+    expected = F.relu(module.bn1(module.conv1(torch.cat([*branches, pooled], dim=1))))
+    assert (module(hidden_states) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+    monkeypatch.setattr(deformable_birefnet, "CPU_TILE_BYTES", 1)
+    assert rows_per_tile(hidden_states, 7) == 1
+    assert (module(hidden_states) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_new_offsets_are_zero_only_after_initialisation():
+    module = DeformableConvolution(3, 4, 3)
+    offsets, modulation = module.offsets_and_modulation(torch.randn(1, 3, 5, 6))
+    assert offsets.shape == (1, 18, 5, 6) and modulation.shape == (1, 9, 5, 6)
+    assert modulation.min() >= 0 and modulation.max() <= 2

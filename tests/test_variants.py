@@ -3,17 +3,25 @@
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import torch
+from huggingface_hub import constants
+from PIL import Image
 from safetensors.torch import load_file
 
 from birefnet.command_line import main
-from birefnet.convert import build_config
-from birefnet.variants import KINDS, VARIANTS, choose_variant, get_variant, readme_rows
+from birefnet.convert import build_config, official_config, write_weights
+from birefnet.download import fetch_checkpoint
+from birefnet.publish import draw_picture
+from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
+from birefnet.variants import KINDS, VARIANTS, choose_variant, get_variant, load_variant, readme_rows
+from birefnet.verification import compute_matte
 
 from .conftest import TINY_CONFIG
 from .hub_server import Fault, HubClient, LoopbackHub
@@ -314,6 +322,15 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(client, cache):
     assert cached_files(cache) == []
 
 
+def test_offline_means_the_cache_alone(hub, client, cache):
+    client.run("from huggingface_hub import constants; constants.HF_HUB_OFFLINE = True")
+    hub.requests.clear()
+    message = client.fail(fetch("dynamic", cache))
+    client.run("constants.HF_HUB_OFFLINE = False")
+    assert "dynamic (ZhengPeng7/BiRefNet_dynamic) is not in the cache, and HF_HUB_OFFLINE is set" in message
+    assert hub.requests == []
+
+
 def test_a_local_folder_is_used_and_never_changed(client, tmp_path, cache, tiny_model_folder):
     folder = tmp_path / "files" / "BiRefNet-COD"
     folder.mkdir(parents=True)
@@ -345,6 +362,52 @@ result.append(model.state_dict()["decoder.conv_out1.0.weight"].sum().item())
         hub.repositories["ZhengPeng7/BiRefNet"].commits[-1].oid = VARIANTS["general"].revision
 
 
+def test_from_pretrained_recognises_an_official_repository_by_its_tensors(hub, client, tmp_path):
+    torch.manual_seed(0)
+    model = BiRefNetForImageSegmentation(build_config({"backbone": "swin_v1_t"})).half()
+    write_weights(tmp_path / "model.safetensors", model)
+    config = json.dumps(official_config("swin_v1_t")).encode()
+    name = "ZhengPeng7/BiRefNet_T"
+    hub.add_repository(name, {"model.safetensors": tmp_path / "model.safetensors", "config.json": config})
+    loaded = client.run(f"""
+from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
+model = BiRefNetForImageSegmentation.from_pretrained({name!r}, cache_dir={str(tmp_path / "cache")!r})
+sums = [model.decoder.conv_out1[0].weight.float().sum().item(), model.bb.norm3.weight.float().sum().item()]
+result = [model.config.backbone, str(model.dtype), model.num_parameters(), sums]
+""")
+    sums = [model.decoder.conv_out1[0].weight.float().sum().item(), model.bb.norm3.weight.float().sum().item()]
+    assert loaded == ["swin_v1_t", "torch.float16", VARIANTS["lite"].parameters, sums]
+
+
+# The live Hub
+
+
+@pytest.fixture(scope="module")
+def live_hub():
+    address = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((address.hostname, address.port or 443), timeout=5).close()
+    except OSError as error:
+        pytest.skip(f"no network: {constants.ENDPOINT} cannot be reached ({error})")
+
+
+@pytest.mark.hub
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_the_published_file_is_what_the_table_says_and_cuts_out(name, live_hub):
+    variant = VARIANTS[name]
+    path = fetch_checkpoint(variant)  # bytes and hash
+    with torch.device("meta"):
+        expected = BiRefNetForImageSegmentation(build_config(variant.config)).state_dict()
+    found = load_file(path)
+    assert {key: value.shape for key, value in found.items()} == {key: value.shape for key, value in expected.items()}
+    assert {value.dtype for value in found.values()} == {getattr(torch, variant.dtype), torch.int64}
+
+    model, processor = load_variant(name)
+    matte = compute_matte(model, processor, draw_picture())
+    assert matte.shape == (256, 320) and matte.min() >= 0 and matte.max() <= 1
+    assert matte[128, 160] > 0.5 > matte[2, 2]  # the subject, and a corner
+
+
 def command(hub, home, *arguments, program, **environment):
     """Runs the console command in a fresh process whose Hub is the loopback one, with stand-ins in the table."""
     program += "\nimport sys\nfrom birefnet.command_line import main\nsys.exit(main(sys.argv[1:]))"
@@ -358,18 +421,10 @@ def command(hub, home, *arguments, program, **environment):
 
 
 def test_cutout_with_a_variant_and_then_offline(hub, tmp_path, tiny_model_folder):
-    from PIL import Image
-
-    from birefnet.publish import draw_picture
-
     photo = tmp_path / "photo.png"
     draw_picture().save(photo)
     program = stand_in_program(tiny_model_folder / "model.safetensors")
     options = ("cutout", photo, "--variant", "dynamic", "--overwrite", "-o", tmp_path / "out.png")
-
-    offline = command(hub, tmp_path / "home", *options, program=program, HF_HUB_OFFLINE="1")
-    assert offline.returncode == 1
-    assert "dynamic (ZhengPeng7/BiRefNet_dynamic) is not in the cache, and HF_HUB_OFFLINE is set" in offline.stderr
 
     done = command(hub, tmp_path / "home", *options, program=program)
     assert done.returncode == 0, done.stderr

@@ -123,6 +123,8 @@ class BiRefNetTrainer(Trainer):
         images, labels = (_unit(inputs[key], self.args.device) for key in ("pixel_values", "labels"))
         with torch.no_grad():
             images, labels = augment_batch(images, labels, self._next_size(), self.augmentation)
+        if len(images) == 1:
+            freeze_statistics(model)
         outputs = model(pixel_values=self._normalized(images), labels=labels)
         for name, value in outputs.loss_terms.items():
             self.loss_terms[name] = self.loss_terms[name] + value
@@ -228,6 +230,16 @@ class _UpdateCallback(TrainerCallback):
 def _owned(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """safetensors refuses tensors that share memory."""
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state_dict.items()}
+
+
+def freeze_statistics(model):
+    """Makes batch norms use their running statistics until the model is next put into training mode.
+
+    One photo has no statistics to speak of, and none at all where it is pooled to a single value.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.eval()
 
 
 def _statistics(model) -> list[torch.Tensor]:

@@ -174,6 +174,16 @@ def test_accumulated_batches_make_the_update_of_one_batch(dataset, tmp_path):
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
 
 
+def test_single_photo_trains_with_running_statistics(dataset, tmp_path):
+    """Global pooling leaves one value a channel, of which batch norm has no statistics; the others are kept too."""
+    model = BiRefNetForImageSegmentation(BiRefNetConfig(**{**TINY_CONFIG, "decoder_attention": "aspp"}))
+    trainer = make_trainer(dataset, tmp_path, model, max_steps=1, per_device_train_batch_size=1)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    after = weights_after(trainer)
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert "decoder.conv_out1.0.weight" in changed and not any("running_" in key for key in changed)
+
+
 def test_sample_matte_is_photo_mask_and_matte(dataset, tmp_path):
     picture = make_trainer(dataset, tmp_path).sample_matte(0)
     assert picture.shape == (3, 64, 192) and picture.min() >= 0 and picture.max() <= 1

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback, is_tensorboard_available
+from transformers.utils.logging import disable_progress_bar
 
 from birefnet import repository_folder
 from birefnet.augmentation import AugmentationSettings, size_before_crop
@@ -237,6 +238,7 @@ def run(arguments: argparse.Namespace) -> int:
         CommandError: What ends the training, in a sentence.
     """
     is_first = int(os.environ.get("RANK", 0)) == 0
+    disable_progress_bar()  # of every weights file that is written; the training's own bar stays
     logging.basicConfig(level=logging.WARNING if is_first else logging.ERROR, format="%(message)s")
     try:
         result = train(arguments)

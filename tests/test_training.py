@@ -266,6 +266,18 @@ def test_adapters_train_and_are_merged_on_save(photos, tiny_model_folder, tmp_pa
     load(tmp_path)
 
 
+def test_adapters_resume_exactly(photos, tiny_model_folder, tmp_path):
+    pytest.importorskip("peft")
+    more = ["--model", tiny_model_folder, "--lora-rank", 2, "--max-steps", 3, "--save-steps", 1]
+    training.train(options(photos, tmp_path / "whole", *more, "--keep-checkpoints", 5, new=False))
+    (tmp_path / "resumed" / "checkpoints").mkdir(parents=True)
+    shutil.copytree(*(tmp_path / run / "checkpoints" / "checkpoint-2" for run in ("whole", "resumed")))
+    training.train(options(photos, tmp_path / "resumed", *more, "--resume", new=False))
+    assert history(tmp_path / "resumed") == history(tmp_path / "whole")
+    whole, resumed = (load_file(tmp_path / run / "model.safetensors") for run in ("whole", "resumed"))
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+
+
 # Schedules, data, precision
 
 

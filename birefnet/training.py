@@ -29,20 +29,25 @@ from birefnet.training_card import training_card
 logger = logging.getLogger(__name__)
 
 # Fields of BiRefNetConfig that shape the network: given, they mean training from scratch.
-ARCHITECTURE_FIELDS = (
-    "backbone",
-    "multi_scale_input",
-    "context_levels",
-    "squeeze_block",
-    "decoder_block",
-    "decoder_attention",
-    "decoder_channels",
-    "source_reference",
-    "gradient_reference",
-    "multi_scale_supervision",
-)
+ARCHITECTURE_FIELDS = {
+    "backbone": "of a new network: swin_v1_t/s/b/l, dino_v3_s/s_plus/b/l/h_plus/7b, or a timm model's name",
+    "multi_scale_input": "of a new network: concat, add or none",
+    "context_levels": "of a new network: 3 or 0",
+    "squeeze_block": "of a new network: basic, residual, aspp, aspp_deformable or none",
+    "decoder_block": "of a new network: basic or residual",
+    "decoder_attention": "of a new network: aspp_deformable, aspp or none",
+    "decoder_channels": "of a new network: a number, or none for a quarter of each block's input",
+    "source_reference": "of a new network: patches, image or none",
+    "gradient_reference": "of a new network: true or false",
+    "multi_scale_supervision": "of a new network: true or false",
+}
 # Fields that say how it learns: they go with fine-tuning as well.
-LEARNING_FIELDS = ("drop_path_rate", "freeze_backbone", "task", "loss_weights")
+LEARNING_FIELDS = {
+    "drop_path_rate": "stochastic depth, in [0, 1)",
+    "freeze_backbone": "true leaves the backbone as it is",
+    "task": "chooses losses and recipe: dis, general or matting",
+    "loss_weights": """instead of the task's: JSON such as '{"bce": 30, "ssim": 10}'""",
+}
 
 PUBLISHED_LEARNING_RATES = {"dis": 1e-4, "general": 1e-5, "matting": 1e-5}
 PUBLISHED_EPOCHS = {"dis": 500, "general": 200, "matting": 150}
@@ -50,7 +55,7 @@ FINE_TUNING_EPOCHS = 20
 DEFAULT_RESOLUTION = 1024
 
 LESS_MEMORY = (
-    "What takes less memory, roughly in this order: --bf16, a smaller --batch-size with "
+    "What takes less memory: --bf16, a smaller --batch-size with "
     "--gradient-accumulation-steps, --gradient-checkpointing, --lora-rank 8, a smaller --resolution."
 )
 
@@ -122,13 +127,9 @@ def _add_model_arguments(group):
         "(default: the weights in this repository)",
     )
     group.add_argument("--init-config", help="config.json, or a folder with one, of a network to train from scratch")
-    for field in ARCHITECTURE_FIELDS + LEARNING_FIELDS:
-        group.add_argument(
-            f"--{field.replace('_', '-')}",
-            type=config_value,
-            default=argparse.SUPPRESS,
-            help="of the network to train from scratch" if field in ARCHITECTURE_FIELDS else "of the configuration",
-        )
+    for field, text in {**ARCHITECTURE_FIELDS, **LEARNING_FIELDS}.items():
+        option = f"--{field.replace('_', '-')}"
+        group.add_argument(option, type=config_value, default=argparse.SUPPRESS, metavar="VALUE", help=text)
     group.add_argument(
         "--imagenet-backbone",
         action="store_true",
@@ -181,7 +182,7 @@ def _add_schedule_arguments(group):
     precision = group.add_mutually_exclusive_group()
     precision.add_argument("--bf16", action="store_true", help="mixed precision in bfloat16")
     precision.add_argument("--fp16", action="store_true", help="mixed precision in float16")
-    group.add_argument("--gradient-checkpointing", action="store_true", help="less memory for a quarter more time")
+    group.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     group.add_argument("--compile", action="store_true", help="compile the network")
     group.add_argument("--cpu", action="store_true", help="train on the CPU even where there is a GPU")
     group.add_argument("--seed", type=int, default=42, help="default: 42")

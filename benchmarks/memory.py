@@ -1,0 +1,77 @@
+"""Peak memory of one forward pass, beyond what is in memory before it: weights, libraries, interpreter."""
+
+import gc
+import multiprocessing
+import os
+import sys
+
+import torch
+from subjects import Subject
+
+
+def peak_on_gpu(run, pixel_values: torch.Tensor) -> int:
+    """Bytes of PyTorch's allocator."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run(pixel_values)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def peak_on_cpu(subject: Subject, shape: tuple[int, ...], threads: int) -> int | None:
+    """
+    Bytes of a process of its own, since a process does not give back all that it has once had. `None` where the system
+    does not tell (other than Linux).
+
+    Raises:
+        MemoryError: if the process was killed, or ended without an answer.
+        RuntimeError: if the subject failed there.
+    """
+    if sys.platform != "linux":
+        return None
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_measure_in_child, args=(subject, shape, threads, sender))
+    process.start()
+    sender.close()
+    try:
+        peak, error = receiver.recv()
+    except EOFError:
+        process.join()
+        raise MemoryError(f"its process ended with code {process.exitcode}, probably out of memory") from None
+    process.join()
+    if error:
+        raise RuntimeError(error)
+    return peak
+
+
+def _measure_in_child(subject: Subject, shape: tuple[int, ...], threads: int, sender):
+    # If memory runs out, it is this process that has to go.
+    with open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
+    torch.set_num_threads(threads)
+    try:
+        run = subject.build()
+        with torch.inference_mode():
+            if subject.kind != "onnx":  # whose graph may have one size only
+                run(torch.randn(1, 3, 64, 64))  # loads the kernels and starts the threads
+            pixel_values = torch.randn(shape)
+            gc.collect()
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")  # the peak so far is forgotten
+            before = _status("VmRSS")
+            run(pixel_values)
+        sender.send((_status("VmHWM") - before, None))
+    except Exception as error:
+        sender.send((None, f"{type(error).__name__}: {str(error).splitlines()[0]}"))
+    finally:
+        sender.close()
+        os._exit(0)  # without the seconds that freeing everything takes
+
+
+def _status(field: str) -> int:
+    """Bytes that the kernel reports for this process: VmRSS is resident now, VmHWM was at most."""
+    with open("/proc/self/status") as file:
+        line = next(line for line in file if line.startswith(field))
+    return int(line.split()[1]) * 1024

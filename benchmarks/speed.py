@@ -1,0 +1,264 @@
+"""Speed and memory of BiRefNet: this project, the plain formulation, the published code, ONNX Runtime.
+
+    python benchmarks/speed.py                                              # 1024², batch 1, on this machine's device
+    python benchmarks/speed.py --models lite --sizes 512 1024 2048 --batches 1 8
+    python benchmarks/speed.py --peer CHECKOUT --onnx FILE --json out/speed.json --picture out/speed.png
+
+All subjects of a case run in one process and in turns, so that whatever slows the machine slows them all; a matrix
+product takes its turn among them and gives the rate that the roofline is made of.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from memory import peak_on_cpu, peak_on_gpu
+from roofline import MatrixProduct, count_flop
+from subjects import COMPILED, PLAIN, PROJECT, PUBLISHED, Subject, configuration, load_model
+
+
+COLUMNS = (
+    ("subject", "{subject}"),
+    ("dtype", "{dtype}"),
+    ("seconds", "{seconds:.3f}"),
+    ("images/s", "{images_per_second:.2f}"),
+    ("× plain", "{faster_than_plain:.2f}"),
+    ("× plain float32", "{faster_than_plain_float32:.2f}"),
+    ("× published float32", "{faster_than_published_float32:.2f}"),
+    ("memory GiB", "{memory_gib:.2f}"),
+    ("% of plain", "{memory_percent_of_plain:.0f}"),
+    ("% of published", "{memory_percent_of_published:.0f}"),
+    ("% of roofline", "{roofline_percent:.0f}"),
+    ("matte difference", "{matte_difference:.1e}"),
+)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--models", nargs="+", default=["lite", "general"], help="lite, general (drawn weights), or folders of weights"
+    )
+    parser.add_argument("--sizes", nargs="+", type=int, default=[1024], help="sides in pixels, multiples of 32")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1])
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=["float32", "bfloat16", "float16"],
+        help="default: float32 and bfloat16, on a GPU float16 as well (most CPUs have no arithmetic for it)",
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument("--compile", action="store_true", help="also this project under torch.compile")
+    parser.add_argument("--no-plain", action="store_true", help="leave the plain formulation out")
+    parser.add_argument("--peer", metavar="CHECKOUT", help="folder of the published code, from GitHub")
+    parser.add_argument("--onnx", metavar="FILE", nargs="+", default=[], help="exported networks of the one model")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each subject")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
+    parser.add_argument("--json", metavar="FILE", type=Path)
+    parser.add_argument("--picture", metavar="FILE", type=Path)
+    chosen = parser.parse_args(arguments)
+    if chosen.onnx and len(chosen.models) > 1:
+        parser.error("--onnx: name the one model of these files by --models")
+    if chosen.repeats < 1:
+        parser.error("--repeats: at least 1")
+    if chosen.dtypes is None:
+        chosen.dtypes = ["float32", "bfloat16", *(["float16"] if chosen.device.startswith("cuda") else [])]
+    return chosen
+
+
+def environment(device: torch.device, threads: int) -> dict:
+    """What the numbers depend on."""
+    on_gpu = device.type == "cuda"
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
+        "device": torch.cuda.get_device_name(device) if on_gpu else processor_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": threads,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit(),
+    }
+
+
+def processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def subjects_of(arguments: argparse.Namespace, model: str) -> list[Subject]:
+    subjects = []
+    for dtype in arguments.dtypes:
+        kinds = [PROJECT, *([COMPILED] if arguments.compile else []), *([] if arguments.no_plain else [PLAIN])]
+        subjects += [Subject(kind, model, dtype, arguments.device) for kind in kinds]
+        if arguments.peer:
+            subjects.append(Subject(PUBLISHED, model, dtype, arguments.device, arguments.peer))
+    return subjects + [Subject("onnx", model, "float32", arguments.device, file) for file in arguments.onnx]
+
+
+def measure_case(arguments: argparse.Namespace, model: str, side: int, batch: int) -> list[dict]:
+    """One row for each subject at one size and batch."""
+    device = torch.device(arguments.device)
+    pixel_values = draw_images(batch, side).to(device)
+    flop = count_flop(configuration(model), batch, side)
+    networks = {dtype: load_model(model, dtype, arguments.device) for dtype in arguments.dtypes}
+    runs, rows, mattes = {}, [], {}
+    for subject in subjects_of(arguments, model):
+        row = {"model": model, "side": side, "batch": batch, "subject": subject.name, "dtype": subject.dtype}
+        row |= {"flop": flop, "error": None, "times": []}
+        rows.append(row)
+        try:
+            # Memory comes first: a subject that needs too much falls there, in a process of its own.
+            if not arguments.no_memory and device.type == "cpu":
+                row["memory"] = peak_on_cpu(subject, tuple(pixel_values.shape), arguments.threads)
+            run = subject.build(networks.get(subject.dtype))
+            start = time.perf_counter()
+            mattes[subject] = run_once(run, pixel_values).float().sigmoid().cpu()
+            row["first_call_seconds"] = time.perf_counter() - start
+            if not arguments.no_memory and device.type == "cuda":
+                row["memory"] = peak_on_gpu(run, pixel_values)
+            runs[subject] = (run, row)
+        except (RuntimeError, MemoryError, ValueError, ImportError) as error:
+            row["error"] = str(error).splitlines()[0]
+    products = {dtype: MatrixProduct(device, getattr(torch, dtype)) for dtype in arguments.dtypes}
+    rates = run_in_turns(list(runs.values()), products, pixel_values, arguments.repeats)
+    compare_mattes(mattes, {subject: row for subject, (_, row) in runs.items()})
+    for row in rows:
+        derive(row, rows, rates)
+    return rows
+
+
+def draw_images(batch: int, side: int) -> torch.Tensor:
+    """Normalised images of smooth colours, a disc and some noise, (batch, 3, side, side)."""
+    generator = torch.Generator().manual_seed(side)
+    coarse = torch.randn(batch, 3, 8, 8, generator=generator)
+    images = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bicubic")
+    place = torch.linspace(-1, 1, side)
+    images = images + 1.5 * ((place[:, None] ** 2 + place**2) < 0.3)
+    return images + 0.2 * torch.randn(images.shape, generator=generator)
+
+
+@torch.inference_mode()
+def run_once(run, *inputs) -> torch.Tensor:
+    result = run(*inputs)
+    if result.is_cuda:
+        torch.cuda.synchronize()
+    return result
+
+
+def run_in_turns(runs: list, products: dict[str, MatrixProduct], pixel_values, repeats: int) -> dict[str, float]:
+    """Fills the rows' `times`, every other round backwards; returns the matrix products' rates in FLOP/s."""
+    product_times = {dtype: [] for dtype in products}
+    for product in products.values():
+        run_once(product)
+    for turn in range(repeats):
+        for run, row in runs[:: 1 if turn % 2 == 0 else -1]:
+            start = time.perf_counter()
+            run_once(run, pixel_values)
+            row["times"].append(time.perf_counter() - start)
+        for dtype, product in products.items():
+            for _ in range(3):
+                start = time.perf_counter()
+                run_once(product)
+                product_times[dtype].append(time.perf_counter() - start)
+    return {dtype: products[dtype].flop / statistics.median(times) for dtype, times in product_times.items()}
+
+
+def compare_mattes(mattes: dict[Subject, torch.Tensor], rows: dict[Subject, dict]):
+    """Mean absolute difference of each matte to the plain one in float32, where there is one. ONNX has its weights."""
+    reference = next((s for kind in (PLAIN, PROJECT) for s in mattes if (s.kind, s.dtype) == (kind, "float32")), None)
+    for subject, matte in mattes.items():
+        if reference is not None and subject != reference and subject.kind != "onnx":
+            rows[subject]["matte_difference"] = (matte - mattes[reference]).abs().mean().item()
+
+
+def derive(row: dict, rows: list[dict], rates: dict[str, float]):
+    """Adds what follows from a row's own measurements and those of the rows that it is compared with."""
+
+    def other(subject, dtype):
+        return next((r for r in rows if (r["subject"], r["dtype"]) == (subject, dtype) and r["times"]), None)
+
+    if row["times"]:
+        row["seconds"] = statistics.median(row["times"])
+        row["images_per_second"] = row["batch"] / row["seconds"]
+        row["matrix_product_rate"] = rates.get(row["dtype"])
+        if row["matrix_product_rate"]:
+            row["roofline_percent"] = 100 * row["flop"] / row["seconds"] / row["matrix_product_rate"]
+        for name, subject, dtype in (
+            ("faster_than_plain", PLAIN, row["dtype"]),
+            ("faster_than_plain_float32", PLAIN, "float32"),
+            ("faster_than_published_float32", PUBLISHED, "float32"),
+        ):
+            if reference := other(subject, dtype):
+                row[name] = statistics.median(reference["times"]) / row["seconds"]
+    if row.get("memory") is not None:
+        row["memory_gib"] = row["memory"] / 2**30
+        for name, subject in (("plain", PLAIN), ("published", PUBLISHED)):
+            reference = other(subject, row["dtype"])
+            if reference and reference.get("memory"):
+                row[f"memory_percent_of_{name}"] = 100 * row["memory"] / reference["memory"]
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown, aligned; columns that are empty throughout are left out."""
+    cells = [[cell(row, template) for _, template in COLUMNS] for row in rows]
+    shown = [i for i in range(len(COLUMNS)) if any(line[i] != "-" for line in cells)]
+    lines = [[COLUMNS[i][0] for i in shown], *([line[i] for i in shown] for line in cells)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(shown))]
+    lines.insert(1, ["-" * width for width in widths])
+    text = "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
+    errors = [f"{row['subject']}, {row['dtype']}: {row['error']}" for row in rows if row["error"]]
+    return "\n".join([text, *errors])
+
+
+def cell(row: dict, template: str) -> str:
+    try:
+        return template.format(**row)
+    except (KeyError, TypeError):  # not measured
+        return "-"
+
+
+def main():
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    about = environment(torch.device(arguments.device), arguments.threads)
+    print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
+    rows = []
+    for model in arguments.models:
+        for side in arguments.sizes:
+            for batch in arguments.batches:
+                case = measure_case(arguments, model, side, batch)
+                rows += case
+                print(
+                    f"\n{model}, {side}², batch {batch}: {case[0]['flop'] / 1e9:.0f} GFLOP\n{table(case)}", flush=True
+                )
+                if arguments.json:  # after every case: a long run may be cut short
+                    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+                    arguments.json.write_text(json.dumps({"environment": about, "rows": rows}, indent=1) + "\n")
+    if arguments.picture:
+        from picture import draw
+
+        arguments.picture.parent.mkdir(parents=True, exist_ok=True)
+        draw(rows, about, arguments.picture)
+
+
+if __name__ == "__main__":
+    main()

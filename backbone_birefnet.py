@@ -165,37 +165,47 @@ class SwinBlock(GradientCheckpointingLayer):
 
     def attend_in_windows(self, hidden_states: torch.Tensor) -> torch.Tensor:
         height, width = hidden_states.shape[1:3]
-        size, shift = self.window_size, self.shift
+        size = self.window_size
         padded = F.pad(hidden_states, (0, 0, 0, -width % size, 0, -height % size))
-        if shift:
-            padded = torch.roll(padded, (-shift, -shift), dims=(1, 2))
         regions = self._regions(padded)
         windows = torch.cat([partition_windows(region, size) for region in regions])
         lengths = [region.shape[0] * (region.shape[1] // size) * (region.shape[2] // size) for region in regions]
         attended = self.attn(windows, list(zip(lengths, self._masks(windows), strict=True)))
         merged = [merge_windows(part, region) for part, region in zip(attended.split(lengths), regions, strict=True)]
-        if shift:
-            inner, right, bottom, corner = merged
-            top = torch.cat([inner, right], dim=2)
-            merged = [torch.cat([top, torch.cat([bottom, corner], dim=2)], dim=1)]
-            merged = [torch.roll(merged[0], (shift, shift), dims=(1, 2))]
-        return merged[0][:, :height, :width]
+        return self._assemble(merged)[:, :height, :width]
 
     def _regions(self, padded: torch.Tensor) -> list[torch.Tensor]:
         """
-        The map itself, or for a shifted block its four parts: only the windows of the last column, the last row and
-        the corner hold tokens from opposite sides of the map, so three masks serve however many windows there are.
+        The map itself, or for a shifted block the four parts of the rolled map: only the windows of the last column,
+        the last row and the corner hold tokens from opposite sides of the map, so three masks serve however many
+        windows there are. The parts are sliced out, which saves rolling the map to and fro.
         """
         if not self.shift:
             return [padded]
-        last_row, last_column = padded.shape[1] - self.window_size, padded.shape[2] - self.window_size
-        top, bottom = padded[:, :last_row], padded[:, last_row:]
+        row, column = padded.shape[1] - self.window_size + self.shift, padded.shape[2] - self.window_size + self.shift
+        middle = padded[:, self.shift : row]
+        bottom = torch.cat([padded[:, row:], padded[:, : self.shift]], dim=1)
         return [
-            top[:, :, :last_column],
-            top[:, :, last_column:],
-            bottom[:, :, :last_column],
-            bottom[:, :, last_column:],
+            region
+            for rows in (middle, bottom)
+            for region in (
+                rows[:, :, self.shift : column],
+                torch.cat([rows[:, :, column:], rows[:, :, : self.shift]], dim=2),
+            )
         ]
+
+    def _assemble(self, regions: list[torch.Tensor]) -> torch.Tensor:
+        """Undoes `_regions`."""
+        if not self.shift:
+            return regions[0]
+        split = self.window_size - self.shift  # of the last row and column, what was not rolled in from the other side
+        inner, right, below, corner = regions
+        bands = [
+            torch.cat([last[:, :, split:], first, last[:, :, :split]], dim=2)
+            for first, last in ((inner, right), (below, corner))
+        ]
+        middle, bottom = bands
+        return torch.cat([bottom[:, split:], middle, bottom[:, :split]], dim=1)
 
     def _masks(self, windows: torch.Tensor) -> list[torch.Tensor | None]:
         """For each region `None` or a (w², w²) mask: −inf between tokens that are no neighbours in the picture."""

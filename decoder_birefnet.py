@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .deformable_birefnet import ATTENTION_BLOCKS
 from .layers_birefnet import convolve_and_normalize, fold_batch_norm, image_laplacian, resize
@@ -57,7 +58,7 @@ def apply_head(head: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> 
     return combined.to(weight.dtype), (head @ bias.float()).to(weight.dtype)
 
 
-class SourceBlock(nn.Module):
+class SourceBlock(GradientCheckpointingLayer):
     """Two 3×3 convolutions with nothing between them: what a decoder stage sees of the image."""
 
     def __init__(self, in_channels: int, out_channels: int):
@@ -89,7 +90,7 @@ class SourceBlock(nn.Module):
         return torch.cat([top, torch.cat([left, inner, right], dim=3), bottom], dim=2)
 
 
-class LateralBlock(nn.Module):
+class LateralBlock(GradientCheckpointingLayer):
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 1)

@@ -1,5 +1,7 @@
 """Modulated deformable convolution in plain PyTorch, and the atrous spatial pyramid pooling built from it."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -19,44 +21,53 @@ def deformable_convolution(
     offsets: torch.Tensor,
     modulation: torch.Tensor,
     weight: torch.Tensor,
-    rows: tuple[int, int] | None = None,
+    finish: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """
     Modulated deformable convolution (Zhu et al., https://arxiv.org/abs/1811.11168) of stride 1 that keeps the size.
 
     A sample is the weighted sum of the four pixels around its place, zero where they lie outside of the map: a
     weighted bag of rows of the map laid out channels-last, which `embedding_bag` sums without storing the rows. One
-    matrix product then applies the kernel.
+    matrix product then applies the kernel. Both go over the output in tiles of rows, which bounds the memory.
 
     Args:
         hidden_states: (B, C, H, W).
-        offsets: (B, 2k², H or the number of rows, W) in pixels; Δrow and Δcolumn alternate, taps are row-major.
-        modulation: (B, k², H or the number of rows, W), the weight of each sample.
+        offsets: (B, 2k², H, W) in pixels; Δrow and Δcolumn alternate, taps are row-major.
+        modulation: (B, k², H, W), the weight of each sample.
         weight: (out channels, C, k, k), k odd.
-        rows: first and past-the-last row of the output to compute; all of them if `None`.
+        finish: pointwise over the pixels, applied to every tile (B, rows, W, out channels) while it is in the cache.
 
     Returns:
-        (B, number of rows, W, out channels), channels last.
+        (B, out channels, H, W), or as many channels as `finish` makes of them, in channels-last memory.
 
     Raises:
         ValueError: if a shape does not fit the others.
     """
     batch, channels, height, width = hidden_states.shape
-    out_channels, _, kernel_size, _ = weight.shape
-    first, last = rows if rows is not None else (0, height)
+    _check_shapes(hidden_states, offsets, modulation, weight)
+    out_channels, kernel_size = weight.shape[0], weight.shape[-1]
     taps = kernel_size**2
+    pixels = hidden_states.permute(0, 2, 3, 1).reshape(batch * height * width, channels)
+    kernel = weight.permute(2, 3, 1, 0).reshape(taps * channels, out_channels)
+    step = rows_per_tile(hidden_states, kernel_size)
+    tiles = []
+    for first in range(0, height, step):
+        rows = slice(first, min(first + step, height))
+        indices, shares = _neighbours(offsets[:, :, rows], modulation[:, :, rows], kernel_size, first, height)
+        samples = F.embedding_bag(indices, pixels, per_sample_weights=shares.to(pixels.dtype), mode="sum")
+        tile = (samples.view(-1, taps * channels) @ kernel).view(batch, rows.stop - first, width, out_channels)
+        tiles.append(tile if finish is None else finish(tile))
+    return torch.cat(tiles, dim=1).permute(0, 3, 1, 2)
+
+
+def _check_shapes(hidden_states, offsets, modulation, weight):
+    batch, channels, height, width = hidden_states.shape
+    kernel_size = weight.shape[-1]
     if weight.shape[1:] != (channels, kernel_size, kernel_size) or kernel_size % 2 == 0:
         raise ValueError(f"weight of shape {tuple(weight.shape)} is not (out, {channels}, k, k) with an odd k.")
-    if offsets.shape != (batch, 2 * taps, last - first, width):
-        raise ValueError(f"offsets have shape {tuple(offsets.shape)}, not {(batch, 2 * taps, last - first, width)}.")
-    if modulation.shape != (batch, taps, last - first, width):
-        raise ValueError(f"modulation has shape {tuple(modulation.shape)}, not {(batch, taps, last - first, width)}.")
-
-    pixels = hidden_states.permute(0, 2, 3, 1).reshape(batch * height * width, channels)
-    indices, shares = _neighbours(offsets, modulation, kernel_size, first, height)
-    samples = F.embedding_bag(indices, pixels, per_sample_weights=shares.to(pixels.dtype), mode="sum")
-    kernel = weight.permute(2, 3, 1, 0).reshape(taps * channels, out_channels)
-    return (samples.view(-1, taps * channels) @ kernel).view(batch, last - first, width, out_channels)
+    for name, tensor, number in (("offsets", offsets, 2 * kernel_size**2), ("modulation", modulation, kernel_size**2)):
+        if tensor.shape != (batch, number, height, width):
+            raise ValueError(f"{name} have shape {tuple(tensor.shape)}, not {(batch, number, height, width)}.")
 
 
 def _neighbours(offsets, modulation, kernel_size, first_row, height):
@@ -109,6 +120,10 @@ def rows_per_tile(hidden_states: torch.Tensor, kernel_size: int) -> int:
     return min(height, max(1, (CPU_TILE_BYTES if in_cache else TILE_BYTES) // bytes_per_row))
 
 
+class ZeroInitializedConvolution(nn.Conv2d):
+    """A convolution whose weight and bias start at zero."""
+
+
 class DeformableConvolution(GradientCheckpointingLayer):
     """Deformable convolution whose offsets and modulation are convolutions of its input, both zero at the start."""
 
@@ -116,8 +131,8 @@ class DeformableConvolution(GradientCheckpointingLayer):
         super().__init__()
         self.kernel_size = kernel_size
         padding = kernel_size // 2
-        self.offset_conv = nn.Conv2d(in_channels, 2 * kernel_size**2, kernel_size, padding=padding)
-        self.modulator_conv = nn.Conv2d(in_channels, kernel_size**2, kernel_size, padding=padding)
+        self.offset_conv = ZeroInitializedConvolution(in_channels, 2 * kernel_size**2, kernel_size, padding=padding)
+        self.modulator_conv = ZeroInitializedConvolution(in_channels, kernel_size**2, kernel_size, padding=padding)
         self.regular_conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, bias=False)
 
     def offsets_and_modulation(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -129,23 +144,10 @@ class DeformableConvolution(GradientCheckpointingLayer):
         return offsets, 2 * torch.sigmoid(modulator.float())
 
     def forward(self, hidden_states: torch.Tensor, weight: torch.Tensor | None = None, finish=None) -> torch.Tensor:
-        """
-        Args:
-            hidden_states: (B, C, H, W).
-            weight: used instead of the module's own.
-            finish: applied to every tile (B, rows, W, out channels) of the result while it is in the cache.
-        """
-        weight = self.regular_conv.weight if weight is None else weight
+        """(B, C, H, W) → (B, out channels, H, W). `weight` is used instead of the module's own, `finish` as above."""
         offsets, modulation = self.offsets_and_modulation(hidden_states)
-        height, step = hidden_states.shape[2], rows_per_tile(hidden_states, self.kernel_size)
-        tiles = []
-        for first in range(0, height, step):
-            rows = slice(first, min(first + step, height))
-            tile = deformable_convolution(
-                hidden_states, offsets[:, :, rows], modulation[:, :, rows], weight, (rows.start, rows.stop)
-            )
-            tiles.append(tile if finish is None else finish(tile))
-        return torch.cat(tiles, dim=1).permute(0, 3, 1, 2)  # in channels-last memory
+        weight = self.regular_conv.weight if weight is None else weight
+        return deformable_convolution(hidden_states, offsets, modulation, weight, finish)
 
 
 class DeformableBranch(nn.Module):
@@ -203,10 +205,19 @@ class AtrousSpatialPyramidPooling(nn.Module):
     def branches(self) -> list[nn.Module]:
         raise NotImplementedError
 
+    def pool(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) → (B, 256, 1, 1)
+        average, convolution, norm, activation = self.global_avg_pool
+        pooled = convolution(average(hidden_states))
+        if norm.training and len(pooled) > 1:
+            return activation(norm(pooled))
+        # One image has one value per channel and so no statistics of its own: it takes the running ones.
+        statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        return activation(F.batch_norm(pooled, *statistics, training=False, eps=norm.eps))
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) → (B, out channels, H, W)
         *fusions, pooled_fusion = self.conv1.weight.split(self.branch_channels, dim=1)
         # The pooled branch is constant over the map, and so is what it adds.
-        fused = F.conv2d(self.global_avg_pool(hidden_states), pooled_fusion)
+        fused = F.conv2d(self.pool(hidden_states), pooled_fusion)
         for branch, fusion in zip(self.branches(), fusions, strict=True):
             fused = fused + branch(hidden_states, fusion)
         return self.dropout(F.relu(self.bn1(fused)))

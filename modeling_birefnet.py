@@ -21,7 +21,7 @@ from .checkpoint_birefnet import (
 )
 from .configuration_birefnet import BiRefNetConfig
 from .decoder_birefnet import BiRefNetDecoder, DecoderBlock
-from .deformable_birefnet import ATTENTION_BLOCKS, DeformableConvolution
+from .deformable_birefnet import ATTENTION_BLOCKS, ZeroInitializedConvolution
 from .layers_birefnet import resize
 from .loss_birefnet import BiRefNetLoss, task_loss_weights
 
@@ -85,6 +85,9 @@ class BiRefNetPreTrainedModel(PreTrainedModel):
             init.trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 init.zeros_(module.bias)
+        elif isinstance(module, ZeroInitializedConvolution):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
         elif isinstance(module, nn.Conv2d):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             if module.bias is not None:
@@ -92,10 +95,6 @@ class BiRefNetPreTrainedModel(PreTrainedModel):
                 init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
             super()._init_weights(module)
-        elif isinstance(module, DeformableConvolution):  # comes after its own convolutions
-            for convolution in (module.offset_conv, module.modulator_conv):
-                init.zeros_(convolution.weight)
-                init.zeros_(convolution.bias)
         elif hasattr(module, "init_non_persistent_buffers"):  # timm's: lost on the meta device
             module.init_non_persistent_buffers()
 
@@ -117,9 +116,13 @@ class BiRefNetPreTrainedModel(PreTrainedModel):
                 check_backbone(config, state_dict)
                 kwargs.setdefault("dtype", dtype_of(state_dict))
                 pretrained_model_name_or_path = None
-        return super().from_pretrained(
+        loaded = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, config=config, state_dict=state_dict, **kwargs
         )
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info=True
+        if model.config.freeze_backbone:  # loading has put new parameters into the place of the frozen ones
+            model.bb.requires_grad_(False)
+        return loaded
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
         """As in PyTorch, for the state dicts of wrapped models and with half-precision or no index buffers as well."""
@@ -130,9 +133,9 @@ class BiRefNetPreTrainedModel(PreTrainedModel):
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def _set_gradient_checkpointing(self, enable: bool = True, **kwargs):
-        super()._set_gradient_checkpointing(enable, **kwargs)
-        if hasattr(self.bb, "set_grad_checkpointing"):
+        if hasattr(self.bb, "set_grad_checkpointing"):  # timm's
             self.bb.set_grad_checkpointing(enable)
+        super()._set_gradient_checkpointing(enable, **kwargs)
 
 
 class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):

@@ -191,8 +191,11 @@ def test_save_and_load_keep_weights_dtypes_and_code(small_model, tmp_path):
     ):
         assert key == other_key and value.dtype == other.dtype and torch.equal(value, other)
     images = example()
-    with torch.inference_mode():
-        assert torch.equal(small_model(images).logits, loaded.eval()(images).logits)
+    with (
+        torch.inference_mode()
+    ):  # not to the bit: a file's tensors lie elsewhere in memory, and sums run in other order
+        expected, found = small_model(images).logits, loaded.eval()(images).logits
+    assert (found - expected).abs().max() < 1e-5 * expected.std()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -251,13 +254,37 @@ def test_every_parameter_is_initialised_and_trained():
     assert [key for key, value in model.named_parameters() if value.grad is None] == []
 
 
-def test_frozen_backbone_has_no_gradients():
-    model = BiRefNetForImageSegmentation(
-        BiRefNetConfig(backbone="swin_v1_t", decoder_channels=8, freeze_backbone=True)
-    ).train()
+def test_frozen_backbone_has_no_gradients_also_after_loading(tmp_path):
+    config = BiRefNetConfig(backbone="swin_v1_t", decoder_channels=8, freeze_backbone=True)
+    model = BiRefNetForImageSegmentation(config)
+    assert not any(parameter.requires_grad for parameter in model.bb.parameters())
+    model.save_pretrained(tmp_path)
+    model = BiRefNetForImageSegmentation.from_pretrained(tmp_path).train()
     model(example(), labels=torch.rand(2, 64, 96)).loss.backward()
     assert all(parameter.grad is None for parameter in model.bb.parameters())
     assert all(parameter.grad is not None for parameter in model.decoder.parameters())
+
+
+def test_training_on_one_image_takes_the_running_statistics_where_it_has_none(small_model):
+    model = copy.deepcopy(small_model).train()
+    loss = model(example(1, 32, 64), labels=torch.rand(1, 32, 64)).loss
+    loss.backward()
+    assert loss.isfinite() and model.squeeze_module[0].dec_att.global_avg_pool[1].weight.grad.abs().sum() > 0
+
+
+def test_gradient_checkpointing_with_a_timm_backbone():
+    pytest.importorskip("timm", reason="the backbone is timm's")
+    torch.manual_seed(0)
+    model = deterministic_training(
+        BiRefNetForImageSegmentation(BiRefNetConfig(backbone="test_convnext", decoder_attention=None))
+    )
+    images, labels = example(2, 64, 64), torch.rand(2, 64, 64)
+    model(images, labels=labels).loss.backward()
+    expected = model.bb.get_parameter(next(iter(dict(model.bb.named_parameters())))).grad.clone()
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    model(images, labels=labels).loss.backward()
+    assert torch.allclose(next(model.bb.parameters()).grad, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_tuple_output_and_evaluation_loss(small_model):
@@ -325,33 +352,40 @@ def test_timm_backbones(backbone, strides, tmp_path):
         assert [side // map.shape[-1] for map in output.hidden_states] == [4, 8, 16, 32]
         model.save_pretrained(tmp_path)
         loaded = BiRefNetForImageSegmentation.from_pretrained(tmp_path).eval()
-        assert torch.equal(loaded(example(1, side, side)).logits, output.logits)
+        assert (loaded(example(1, side, side)).logits - output.logits).abs().max() < 1e-4 * output.logits.std()
 
 
 def test_unfit_timm_backbones_are_refused_with_the_reason():
     pytest.importorskip("timm", reason="the backbones are timm's")
     with pytest.raises(ValueError, match="no_such_network.*nor a model of timm"):
         BiRefNetForImageSegmentation(BiRefNetConfig(backbone="no_such_network"))
-    with pytest.raises(ValueError, match="resnetv2_50.*|strides|feature maps"):
-        BiRefNetForImageSegmentation(BiRefNetConfig(backbone="mixer_s32_224"))
+    with pytest.raises(ValueError, match="levit_128s.*(strides|feature maps)"):
+        BiRefNetForImageSegmentation(BiRefNetConfig(backbone="levit_128s"))
 
 
-def test_compiled_graph_is_whole_and_equal(small_model):
+@pytest.fixture(scope="module")
+def single_scale_model(small_model):
+    """Half of the graph, for what takes long with graphs."""
+    config = BiRefNetConfig(backbone="swin_v1_t", decoder_channels=8, multi_scale_input=None)
+    return BiRefNetForImageSegmentation(config).eval()
+
+
+def test_compiled_graph_is_whole_and_equal(single_scale_model):
     images = example(1, 64, 64)
     with torch.no_grad():
-        expected = small_model(images).logits
+        expected = single_scale_model(images).logits
         torch._dynamo.reset()
-        found = torch.compile(small_model, fullgraph=True, backend="aot_eager")(images).logits
+        found = torch.compile(single_scale_model, fullgraph=True, backend="aot_eager")(images).logits
     assert (found - expected).abs().max() < 1e-5 * expected.std()
 
 
-def test_export_with_a_dynamic_batch(small_model):
+def test_export_with_a_dynamic_batch(single_scale_model):
     batch = torch.export.Dim("batch", min=1, max=8)
     program = torch.export.export(
-        small_model, (), {"pixel_values": example(2, 64, 64)}, dynamic_shapes={"pixel_values": {0: batch}}
+        single_scale_model, (), {"pixel_values": example(2, 64, 64)}, dynamic_shapes={"pixel_values": {0: batch}}
     )
     images = example(3, 64, 64)
     with torch.no_grad():
-        expected = small_model(images).logits
+        expected = single_scale_model(images).logits
         found = program.module()(pixel_values=images).logits
     assert (found - expected).abs().max() < 1e-5 * expected.std()

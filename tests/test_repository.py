@@ -1,0 +1,121 @@
+"""The root folder as a Hub repository, as a package and as a wheel, each in a fresh process."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import birefnet
+from birefnet import repository_folder
+
+
+ROOT = repository_folder()
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def run(*command, folder, **environment):
+    process = subprocess.run(
+        [str(part) for part in command],
+        cwd=folder,
+        env={**ENVIRONMENT, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr
+    return process
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """A bright disc on a dark ground."""
+    rows, columns = np.mgrid[:90, :120]
+    disc = ((rows - 45) ** 2 + (columns - 60) ** 2 < 30**2)[..., None] * np.array([200, 120, 40])
+    path = tmp_path / "photo.png"
+    Image.fromarray((disc + 20).astype(np.uint8)).save(path)
+    return path
+
+
+def test_loads_from_the_folder_with_remote_code_and_without_a_warning(tmp_path, photo):
+    script = f"""
+import json, sys
+from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageSegmentation,
+                          AutoModelForSemanticSegmentation)
+options = {{"trust_remote_code": True}}
+folder = {str(ROOT)!r}
+config = AutoConfig.from_pretrained(folder, **options)
+models = [cls.from_pretrained(folder, **options).eval()
+          for cls in (AutoModelForImageSegmentation, AutoModel, AutoModelForSemanticSegmentation)]
+processor = AutoImageProcessor.from_pretrained(folder, **options)
+inputs = processor({str(photo)!r}, return_tensors="pt")
+import torch
+with torch.inference_mode():
+    outputs = [model(**inputs) for model in models]
+assert all(torch.equal(outputs[0].logits, output.logits) for output in outputs)
+matte = processor.post_process_alpha_matte(outputs[0], target_sizes=[(90, 120)])[0]
+print(json.dumps({{"type": config.model_type, "dtype": str(models[0].dtype), "shape": list(matte.shape),
+                  "low": matte.min().item(), "high": matte.max().item()}}))
+"""
+    process = run(sys.executable, "-c", script, folder=tmp_path, HF_MODULES_CACHE=tmp_path / "modules")
+    report = json.loads(process.stdout.splitlines()[-1])
+    assert report["type"] == "birefnet" and report["shape"] == [90, 120]
+    assert 0 <= report["low"] < report["high"] <= 1
+    # The file is float16; the configuration says float32, which every CPU computes fast.
+    assert report["dtype"] == "torch.float32"
+    messages = re.sub(r"Loading weights:[^\r\n]*", "", process.stderr).strip()
+    assert messages == ""
+
+
+def test_is_importable_as_a_package():
+    from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
+
+    assert Path(sys.modules[BiRefNetForImageSegmentation.__module__].__file__).parent == ROOT
+    model = BiRefNetForImageSegmentation.from_pretrained(ROOT)
+    assert sum(parameter.numel() for parameter in model.parameters()) < 30e6
+    assert (ROOT / "model.safetensors").stat().st_size <= 64 * 2**20
+
+
+def test_wheel_in_a_clean_environment_finds_the_embedded_weights(tmp_path, photo):
+    if not (ROOT / "pyproject.toml").is_file():
+        pytest.skip("needs the checkout that the wheel is built from")
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
+    run(*pip, "wheel", ROOT, "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path / "wheel", folder=tmp_path)
+    (wheel,) = (tmp_path / "wheel").glob("*.whl")
+    clean = tmp_path / "clean"
+    run(sys.executable, "-m", "venv", "--without-pip", clean, folder=tmp_path)
+    python = clean / "bin" / "python"
+    run(*pip, "--python", python, "install", "--no-deps", "--no-index", wheel, folder=tmp_path)
+    # The dependencies come from this environment: a path, so that its editable install of the project stays out.
+    site = Path(
+        run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", folder=tmp_path).stdout.strip()
+    )
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+
+    where = run(python, "-c", "import birefnet; print(birefnet.repository_folder())", folder=tmp_path).stdout.strip()
+    assert Path(where).is_relative_to(clean)
+    command = clean / "bin" / "birefnet"
+    assert run(command, "--version", folder=tmp_path).stdout.strip().endswith(birefnet.__version__)
+    run(command, "cutout", photo, "-o", tmp_path / "out", folder=tmp_path, HF_MODULES_CACHE=tmp_path / "modules")
+    (cutout,) = (tmp_path / "out").iterdir()
+    with Image.open(cutout) as picture:
+        assert picture.size == (120, 90) and picture.mode == "RGBA"
+
+
+def test_shipped_files_are_flat_and_import_nothing_unexpected():
+    allowed = {"torch", "numpy", "PIL", "transformers"}
+    for path in sorted(ROOT.glob("*_birefnet.py")):
+        for line in path.read_text().splitlines():
+            if match := re.match(r"(?:from|import) ([A-Za-z_.][\w.]*)", line):
+                name = match.group(1)
+                if name.startswith("."):
+                    assert re.fullmatch(r"\.\w+_birefnet", name), f"{path.name}: {line}"
+                else:
+                    top = name.split(".")[0]
+                    assert top in allowed or top in sys.stdlib_module_names, f"{path.name}: {line}"

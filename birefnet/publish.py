@@ -75,9 +75,14 @@ def verify_repository(folder, model, processor):
         CommandError: if the folder does not load there, the mattes differ by more than `TOLERANCE`, or the processors
             bring the picture to different sizes.
     """
+    picture = draw_picture()
+    return compare_results(folder, run_in_fresh_process(folder, picture), model, processor, picture)
+
+
+def run_in_fresh_process(folder, picture):
+    """What `birefnet.verification` computes of the folder and the picture: a dict of `matte` and `shape`."""
     from birefnet import verification
 
-    picture = draw_picture()
     with tempfile.TemporaryDirectory() as scratch:
         photo, result = Path(scratch, "picture.png"), Path(scratch, "result.npz")
         picture.save(photo)
@@ -88,10 +93,18 @@ def verify_repository(folder, model, processor):
         done = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True)
         if done.returncode:
             raise CommandError(f"the built folder {folder} does not load in a fresh process:\n{done.stderr.strip()}")
-        there = np.load(result)
+        with np.load(result) as there:
+            return dict(there)
+
+
+def compare_results(folder, there, model, processor, picture):
+    """The largest difference of the mattes; raises `CommandError` as [`verify_repository`] says."""
+    from birefnet import verification
+
     shape = verification.input_shape(processor, picture)
     if tuple(there["shape"]) != shape:
-        raise CommandError(f"the built folder {folder} brings a picture to {there['shape']} instead of {shape}.")
+        found = tuple(int(side) for side in there["shape"])
+        raise CommandError(f"the built folder {folder} brings a picture to {found} instead of {shape}.")
     difference = float(np.abs(there["matte"] - verification.compute_matte(model.float(), processor, picture)).max())
     if not difference <= TOLERANCE:  # also true of NaN
         raise CommandError(f"the built folder {folder} gives another matte in a fresh process: by {difference:.2g}.")

@@ -40,24 +40,28 @@ USAGE = """\
 ## Use
 
 ```python
+import torch
 from transformers import pipeline
 
-remover = pipeline("background-removal", model="{repository}", trust_remote_code=True)
+device = "cuda" if torch.cuda.is_available() else "cpu"
+dtype = torch.float16 if device == "cuda" else torch.float32  # most CPUs are very slow in float16
+remover = pipeline(
+    "background-removal", model="{repository}", trust_remote_code=True, device=device, dtype=dtype
+)
 remover("photo.jpg").save("subject.png")
 ```
 
 Or with the model itself:
 
 ```python
-import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageSegmentation
 
-model = AutoModelForImageSegmentation.from_pretrained("{repository}", trust_remote_code=True)
+model = AutoModelForImageSegmentation.from_pretrained("{repository}", trust_remote_code=True, dtype=dtype).to(device)
 processor = AutoImageProcessor.from_pretrained("{repository}", trust_remote_code=True)
 photo = Image.open("photo.jpg").convert("RGB")
 with torch.inference_mode():
-    outputs = model(**processor(photo, return_tensors="pt"))
+    outputs = model(**processor(photo, return_tensors="pt").to(device))
 matte = processor.post_process_alpha_matte(outputs, target_sizes=[photo.size[::-1]])[0]  # (height, width) in [0, 1]
 ```
 
@@ -121,11 +125,11 @@ def _evaluations(variant):
             task_type="image-segmentation",
             dataset_type=re.sub(r"[^a-z0-9]+", "-", row["dataset"].lower()),
             dataset_name=row["dataset"],
-            dataset_config=_setting(row),
+            dataset_config=_setting(row) or None,
             metric_type=MEASURES[measure].lower().replace(" ", "_"),
             metric_name=MEASURES[measure],
             metric_value=value,
-            source_name="published by its author",
+            source_name="as published for the original",
             source_url=f"https://huggingface.co/{variant.repository}",
         )
         for row in variant.metrics
@@ -141,7 +145,7 @@ def _setting(row):
 def _results(variant):
     if not variant.metrics:
         return "## Published results\n\nNone established."
-    lines = ["## Published results", "", "As its author published them; they were not measured again.", ""]
+    lines = ["## Published results", "", "As published for the original; they were not measured again.", ""]
     for row in variant.metrics:
         values = "; ".join(f"{MEASURES[measure]} {value}" for measure, value in row["values"].items())
         lines.append(f"- {row['dataset']} ({_setting(row) or 'setting not established'}): {values}")

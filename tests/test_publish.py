@@ -12,17 +12,18 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 from birefnet import repository_folder
 from birefnet.command_line import CommandError, main
-from birefnet.convert import build_processor, model_from_state_dict, write_folder
-from birefnet.publish import TAG, draw_picture, verify_repository
+from birefnet.convert import build_config, build_processor, model_from_state_dict, write_folder
+from birefnet.publish import TAG, compare_results, draw_picture, run_in_fresh_process
 from birefnet.variant_card import variant_card
 from birefnet.variants import VARIANTS
 
 from .conftest import TINY_CONFIG
 from .hub_server import Fault, HubClient, LoopbackHub
-from .test_variants import OFFICIAL, command, stand_in_program
+from .test_variants import OFFICIAL, stand_in_program
 
 
 @pytest.fixture(scope="module")
@@ -77,13 +78,17 @@ def commits(hub, repository):
     return [commit.title for commit in hub.repositories[repository].commits]
 
 
-def test_the_command_builds_verifies_and_publishes_what_users_download(hub, tmp_path, weights, checkpoints):
-    program = stand_in_program(weights)
-    options = ("publish", "portrait", "--repo", "me/BiRefNet-portrait", "--checkpoints", checkpoints, "--json")
-
-    done = command(hub, tmp_path / "home", *options, "--private", program=program)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+def test_the_command_builds_verifies_and_publishes_what_users_download(hub, client, tmp_path, weights, checkpoints):
+    options = ["publish", "portrait", "--repo", "me/BiRefNet-portrait", "--private", "--json", "--checkpoints"]
+    printed = client.run(f"""
+import contextlib, io
+from birefnet.command_line import main
+with contextlib.redirect_stdout(io.StringIO()) as printed:
+    assert main({[*options, str(checkpoints)]!r}) == 0
+result = printed.getvalue()
+""")
+    report = json.loads(printed)
+    assert report["matte_difference"] <= 1e-3
     repository = hub.repositories["me/BiRefNet-portrait"]
     assert repository.private and report["changed"] and report["tag"] == TAG
     assert commits(hub, "me/BiRefNet-portrait") == ["initial commit", f"BiRefNet-portrait {TAG}"]
@@ -256,22 +261,22 @@ def test_wrong_arguments_are_refused_before_anything_is_done(arguments, words, c
     assert words in capsys.readouterr().err
 
 
-def test_a_folder_that_gives_another_matte_is_not_published(tiny_model_folder, tmp_path):
-    from safetensors.torch import load_file
-
-    from birefnet.convert import build_config
-
+def test_a_folder_that_computes_something_else_is_not_published(tiny_model_folder, tmp_path):
     state_dict = load_file(tiny_model_folder / "model.safetensors")
-    model = model_from_state_dict(build_config(TINY_CONFIG), state_dict)
-    write_folder(tmp_path, model, build_processor({}), "card")
-    with pytest.raises(CommandError, match="brings a picture to"):
-        verify_repository(tmp_path, model, build_processor({"size": {"height": 64, "width": 64}}))
+    model, processor = model_from_state_dict(build_config(TINY_CONFIG), state_dict), build_processor({})
+    write_folder(tmp_path, model, processor, "card")
+    picture = draw_picture()
+    there = run_in_fresh_process(tmp_path, picture)
+    assert compare_results(tmp_path, there, model, processor, picture) <= 1e-3
+
+    with pytest.raises(CommandError, match=r"brings a picture to \(1, 3, 1024, 1024\) instead of \(1, 3, 64, 64\)"):
+        compare_results(tmp_path, there, model, build_processor({"size": {"height": 64, "width": 64}}), picture)
     model.decoder.conv_out1[0].bias.data += 1
     with pytest.raises(CommandError, match="gives another matte in a fresh process"):
-        verify_repository(tmp_path, model, build_processor({}))
+        compare_results(tmp_path, there, model, processor, picture)
     (tmp_path / "decoder_birefnet.py").unlink()
     with pytest.raises(CommandError, match="does not load in a fresh process"):
-        verify_repository(tmp_path, model, build_processor({}))
+        run_in_fresh_process(tmp_path, picture)
 
 
 # Model cards

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from plain_formulation import plain_logits
 
 from birefnet.repository.configuration_birefnet import BiRefNetConfig
@@ -57,6 +58,8 @@ def configuration(model: str) -> BiRefNetConfig:
 
 def load_model(name: str, dtype: str, device: str) -> BiRefNetForImageSegmentation:
     """The network in evaluation mode; lite and general have drawn weights, which cost the same as trained ones."""
+    transformers.utils.logging.set_verbosity_error()  # drawn weights have no index buffers, which is not worth a table
+    transformers.utils.logging.disable_progress_bar()
     if name in BACKBONES:
         config = configuration(name)
         model = BiRefNetForImageSegmentation.from_pretrained(None, config=config, state_dict=drawn_weights(config))

@@ -15,10 +15,10 @@ import sys
 import time
 
 import torch
-from birefnet.repository.configuration_birefnet import BiRefNetConfig
-from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
 
 from birefnet.low_rank import add_low_rank_adapters
+from birefnet.repository.configuration_birefnet import BiRefNetConfig
+from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
 from birefnet.trainer import freeze_statistics
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from birefnet.repository.configuration_birefnet import BiRefNetConfig
-from birefnet.repository.deformable_birefnet import DeformableConvolution, deformable_convolution
+from birefnet.repository.deformable_birefnet import DeformableConvolution
 
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -51,9 +52,7 @@ def test_both_plain_deformable_convolutions_equal_the_project(benchmark, kernel_
     layer = DeformableConvolution(4, 5, kernel_size)
     maps = torch.randn(2, 4, 9, 7)
     with torch.inference_mode():
-        offsets, modulation = layer.offsets_and_modulation(maps)
-        weight = layer.regular_conv.weight
-        expected = deformable_convolution(maps, offsets, modulation, weight).permute(0, 3, 1, 2)
+        expected = layer(maps)
         assert (plain.deformable_convolution(layer, maps) - expected).abs().max() < 1e-5
         monkeypatch.setattr(plain, "deform_conv2d", None)
         assert (plain.deformable_convolution(layer, maps) - expected).abs().max() < 1e-5
@@ -64,3 +63,73 @@ def test_counted_arithmetic(benchmark, backbone, gflop):
     """The count of the plain formulation at 1024² that the network's description states."""
     counted = benchmark("roofline").count_flop(BiRefNetConfig(backbone=backbone), 1, 1024)
     assert counted / 1e9 == pytest.approx(gflop, rel=0.005)
+
+
+def test_speed_measures_all_subjects_in_one_run(benchmark, lite, tmp_path, monkeypatch, capsys):
+    speed = benchmark("speed")
+    monkeypatch.setattr(speed, "load_model", lambda name, dtype, device: lite)
+    monkeypatch.setattr(speed, "peak_on_cpu", lambda subject, shape, threads: 2**30 * (1 + len(subject.kind)))
+    files = {"--json": tmp_path / "new" / "speed.json", "--picture": tmp_path / "speed.png"}
+    options = [
+        "--models",
+        "lite",
+        "--sizes",
+        "32",
+        "--dtypes",
+        "float32",
+        "--device",
+        "cpu",
+        "--repeats",
+        "2",
+        "--peer",
+        "missing",
+    ]
+    monkeypatch.setattr(sys, "argv", ["speed.py", *options, *(str(item) for pair in files.items() for item in pair)])
+    speed.main()
+
+    result = json.loads(files["--json"].read_text())
+    project, plain, published = result["rows"]
+    assert [row["subject"] for row in result["rows"]] == ["this project", "plain formulation", "published code"]
+    assert len(project["times"]) == 2
+    assert project["faster_than_plain"] == pytest.approx(plain["seconds"] / project["seconds"])
+    rate = project["flop"] / project["seconds"] / project["matrix_product_rate"]
+    assert project["roofline_percent"] == pytest.approx(100 * rate)
+    assert project["matte_difference"] < 1e-6
+    assert project["memory_percent_of_plain"] == pytest.approx(100 * 13 / 18)
+    assert "seconds" not in published
+    assert published["error"].startswith("--peer missing")
+    printed = capsys.readouterr().out
+    assert "published code, float32: --peer missing" in printed
+    assert "% of roofline" in printed
+    assert files["--picture"].read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process's peak")
+def test_memory_of_a_subject_that_fails_is_an_error(benchmark):
+    subject = benchmark("subjects").Subject("onnx", "lite", "float32", "cpu", "missing.onnx")
+    with pytest.raises(RuntimeError, match="onnx"):
+        benchmark("memory").peak_on_cpu(subject, (1, 3, 32, 32), threads=1)
+
+
+def test_end_to_end_accounts_for_every_stage(benchmark, tiny_model_folder, tmp_path, monkeypatch, capsys):
+    end_to_end = benchmark("end_to_end")
+    file = tmp_path / "result.json"
+    options = ["--model", str(tiny_model_folder), "--photos", "3", "--megapixels", "0.01", "0.03", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["end_to_end.py", *options, "--batch-size", "2", "--json", str(file)])
+    end_to_end.main()
+    result = json.loads(file.read_text())
+    assert list(result["stage_seconds"]) == list(end_to_end.STAGES)
+    assert all(seconds > 0 for seconds in result["stage_seconds"].values())
+    assert result["share_of_network_throughput"] == pytest.approx(
+        result["photos_per_second"] / result["network_photos_per_second"]
+    )
+    assert "| foreground |" in capsys.readouterr().out
+
+
+def test_startup_times_the_command_up_to_the_network(benchmark, tiny_model_folder, tmp_path):
+    [photo] = benchmark("end_to_end").draw_photos(tmp_path, 1, 0.01, 0.01)
+    moments = benchmark("startup").measure(photo, ["--model", str(tiny_model_folder), "--device", "cpu"])
+    assert 0 < moments["loaded"] < moments["network"]
+    assert not photo.with_suffix(".png").exists()
+    with pytest.raises(RuntimeError, match="never called the network"):
+        benchmark("startup").measure(photo, ["--batch-size", "none"])

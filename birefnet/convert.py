@@ -193,6 +193,7 @@ def write_weights(path, model):
 
     state_dict = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
     save_file(state_dict, path, metadata={"format": "pt"})
+    Path(path).chmod(0o644)  # the library makes files that others cannot read
 
 
 def write_official(out, model):
@@ -316,8 +317,8 @@ def load_source(source, variant_name=None, dtype=None):
         `tuple`: the model, its processor, and the [`Variant`] or `None`.
     """
     import torch
-    from birefnet.repository.checkpoint_birefnet import config_from_state_dict
 
+    from birefnet.repository.checkpoint_birefnet import config_from_state_dict
     from birefnet.variants import get_variant
 
     variant = None

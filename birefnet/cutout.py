@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_matte_arguments(parser.add_argument_group("mask edits, in this order"))
     model = parser.add_argument_group("model")
     model.add_argument("--variant", metavar="NAME", help="a published checkpoint, see `birefnet variants`")
-    _add_model_arguments(model)
+    add_model_arguments(model)
 
 
 def _add_matte_arguments(group) -> None:
@@ -101,7 +101,7 @@ def _add_matte_arguments(group) -> None:
     )
 
 
-def _add_model_arguments(group) -> None:
+def add_model_arguments(group) -> None:
     group.add_argument("--model", metavar="FOLDER|HUB_ID", help="default: the embedded weights")
     group.add_argument(
         "--resolution",
@@ -213,10 +213,10 @@ def load_remover(arguments: argparse.Namespace, variant: str | None = None):
         CommandError: the model cannot be loaded, or the device is not there.
     """
     import torch  # here, since these imports take seconds
-    from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
-    from birefnet.repository.pipeline_birefnet import BiRefNetPipeline
     from transformers.utils.logging import disable_progress_bar
 
+    from birefnet.loading import load_model
+    from birefnet.repository.pipeline_birefnet import BiRefNetPipeline
     from birefnet.variants import load_variant
 
     disable_progress_bar()
@@ -228,33 +228,14 @@ def load_remover(arguments: argparse.Namespace, variant: str | None = None):
         dtype = "float32" if device.type == "cpu" else "float16"
     source = str(variant or arguments.model or repository_folder())
     try:
-        # This project's own classes, never code from the model's repository: a name is no reason to run its code.
         if variant:
             model, processor = load_variant(variant, device, getattr(torch, dtype))
         else:
-            model = BiRefNetForImageSegmentation.from_pretrained(source, dtype=getattr(torch, dtype))
-            processor = _load_processor(source)
+            model, processor = load_model(source, dtype)
     except (OSError, ValueError, RuntimeError) as error:
         raise CommandError(f"the model {source} cannot be loaded: {error}") from error
     _set_resolution(processor, arguments.resolution)
     return BiRefNetPipeline(model=model, image_processor=processor, device=device, task="background-removal")
-
-
-def _load_processor(source: str):
-    """The model's own processor, or that of the table of variants for the official repositories, which ship none."""
-    from birefnet.repository.image_processing_birefnet import BiRefNetImageProcessor
-
-    from birefnet.convert import build_processor
-    from birefnet.variants import get_variant
-
-    try:
-        return BiRefNetImageProcessor.from_pretrained(source)
-    except OSError as missing:
-        try:
-            variant = get_variant(source)
-        except ValueError:
-            raise missing from None
-        return build_processor(variant.processor)
 
 
 def _find_device(name: str):

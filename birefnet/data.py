@@ -89,18 +89,18 @@ def _read_local(path: Path, image_column: str, mask_column: str) -> list[Pair]:
 
 def _read_folder(folder: Path) -> list[Pair]:
     """Matches the files of `im/` and `gt/` by their path without its ending; lists those that have no partner."""
-    photos, masks = (_pictures_by_stem(folder / name) for name in (PHOTO_FOLDER, MASK_FOLDER))
+    photos, masks = (pictures_by_stem(folder / name) for name in (PHOTO_FOLDER, MASK_FOLDER))
     unmatched = [str(photos[stem]) for stem in photos.keys() - masks.keys()]
     unmatched += [str(masks[stem]) for stem in masks.keys() - photos.keys()]
     if unmatched:
-        logger.warning("%s: %d files without a partner are left out: %s", folder, len(unmatched), _listed(unmatched))
+        logger.warning("%s: %d files without a partner are left out: %s", folder, len(unmatched), listed(unmatched))
     return [
         Pair(str(photos[stem]), partial(_as_is, photos[stem], masks[stem]))
         for stem in sorted(photos.keys() & masks.keys())
     ]
 
 
-def _pictures_by_stem(folder: Path) -> dict[str, Path]:
+def pictures_by_stem(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} does not exist: photos belong in {PHOTO_FOLDER}/, masks in {MASK_FOLDER}/.")
     endings = Image.registered_extensions()
@@ -109,11 +109,11 @@ def _pictures_by_stem(folder: Path) -> dict[str, Path]:
     counts = Counter(stems)
     twice = [str(path) for path, stem in zip(files, stems, strict=True) if counts[stem] > 1]
     if twice:
-        raise ValueError(f"{folder}: several files share one name and cannot be told apart: {_listed(twice)}")
+        raise ValueError(f"{folder}: several files share one name and cannot be told apart: {listed(twice)}")
     return dict(zip(stems, files, strict=True))
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     rest = len(names) - LISTED_NAMES
     return ", ".join(sorted(names)[:LISTED_NAMES]) + (f" and {rest} more" if rest > 0 else "")
 

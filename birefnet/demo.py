@@ -42,7 +42,7 @@ def side_by_side(rows: list[tuple[Image.Image, Image.Image, Image.Image]]) -> Im
 
 
 def main(folder: str):
-    """Writes `PHOTO.png` (the cut-out) and `PHOTO-matte.png` for every photo, and `side_by_side.png`, into `folder`."""
+    """Writes `PHOTO.png` (the cut-out) and `PHOTO-matte.png` of every photo and `side_by_side.png` into `folder`."""
     from skimage import data
     from transformers import pipeline
 

@@ -30,8 +30,7 @@ from tqdm.auto import tqdm
 
 from birefnet import __version__, metrics
 from birefnet.command_line import CommandError, UsageError
-from birefnet.cutout import _add_model_arguments as add_model_arguments
-from birefnet.cutout import load_remover
+from birefnet.cutout import add_model_arguments, load_remover
 from birefnet.cutout_stages import bounded_map
 from birefnet.evaluation_report import (
     Case,
@@ -271,13 +270,13 @@ def match_folders(predictions: Path, ground_truth: Path) -> list:
         FileNotFoundError: A folder does not exist.
         ValueError: There is no ground truth.
     """
-    from birefnet.data import Pair, _listed, _pictures_by_stem
+    from birefnet.data import Pair, listed, pictures_by_stem
 
-    predicted, true = _pictures_by_stem(predictions), _pictures_by_stem(ground_truth)
+    predicted, true = pictures_by_stem(predictions), pictures_by_stem(ground_truth)
     if not true:
         raise ValueError(f"{ground_truth}: it holds no mask.")
     if unused := [str(predicted[stem]) for stem in predicted.keys() - true.keys()]:
-        print(f"{len(unused)} predictions have no ground truth: {_listed(unused)}", file=sys.stderr)
+        print(f"{len(unused)} predictions have no ground truth: {listed(unused)}", file=sys.stderr)
     return [Pair(str(path), partial(_both, predicted.get(stem), path)) for stem, path in true.items()]
 
 

@@ -11,16 +11,24 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback, TrainerState, TrainingArguments, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForImageSegmentation,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.integrations import TensorBoardCallback, is_tensorboard_available
 from transformers.utils.logging import disable_progress_bar
 
 from birefnet import repository_folder
 from birefnet.augmentation import AugmentationSettings, size_before_crop
 from birefnet.command_line import CommandError, UsageError
-from birefnet.convert import load_source, model_from_state_dict, write_folder
+from birefnet.convert import write_folder
 from birefnet.data import MattingDataset, Pair, read_pairs
 from birefnet.imagenet_weights import load_imagenet_weights
+from birefnet.loading import load_model
 from birefnet.low_rank import add_low_rank_adapters, merged
 from birefnet.trainer import BiRefNetTrainer
 from birefnet.training_card import training_card
@@ -317,9 +325,7 @@ def build_model(arguments: argparse.Namespace):
     else:
         if arguments.imagenet_backbone:
             raise UsageError("--imagenet-backbone is for training from scratch: name a --backbone or --init-config.")
-        model, processor = load_model(str(arguments.model or repository_folder()), learning)
-    if model.config.freeze_backbone:  # loading makes every weight trainable
-        model.bb.requires_grad_(False)
+        model, processor = load_model(arguments.model or repository_folder(), **learning)
     if arguments.lora_rank:
         add_low_rank_adapters(model, arguments.lora_rank)
     if arguments.gradient_checkpointing:
@@ -330,56 +336,18 @@ def build_model(arguments: argparse.Namespace):
 
 
 def _new_model(arguments: argparse.Namespace, learning: dict):
-    from birefnet.repository.configuration_birefnet import BiRefNetConfig
-    from birefnet.repository.image_processing_birefnet import BiRefNetImageProcessor
-    from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
+    import birefnet.repository  # registers the model with the Auto classes
 
     given = {field: value for field, value in vars(arguments).items() if field in ARCHITECTURE_FIELDS}
     if arguments.model:
         options = ", ".join(f"--{field.replace('_', '-')}" for field in given) or "--init-config"
         raise UsageError(f"--model has its own network: leave out {options} to fine-tune, or --model to start new.")
     fields, source = {**given, **learning}, arguments.init_config
-    model = BiRefNetForImageSegmentation(
-        BiRefNetConfig.from_pretrained(source, **fields) if source else BiRefNetConfig(**fields)
-    )
+    config = AutoConfig.from_pretrained(source, **fields) if source else AutoConfig.for_model("birefnet", **fields)
+    model = AutoModelForImageSegmentation.from_config(config)
     if arguments.imagenet_backbone:
         load_imagenet_weights(model)
-    return model, BiRefNetImageProcessor()
-
-
-def load_model(source: str, learning: dict):
-    """A trained model in float32 and its processor, whatever it comes as.
-
-    Args:
-        source: A folder or Hub repository in this project's form, or anything that `birefnet convert` reads: an
-            official repository, the name of a variant, a file of weights.
-        learning: Fields of the configuration to change, none of which shapes the network.
-
-    Raises:
-        OSError, ValueError: The source cannot be found or read.
-    """
-    from birefnet.repository.configuration_birefnet import BiRefNetConfig
-    from birefnet.repository.image_processing_birefnet import BiRefNetImageProcessor
-    from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
-
-    if _is_own(source, BiRefNetConfig):
-        # Weights stay in float32; --bf16 and --fp16 compute in less.
-        model = BiRefNetForImageSegmentation.from_pretrained(source, dtype=torch.float32, **learning)
-        return model, BiRefNetImageProcessor.from_pretrained(source)
-    model, processor, _ = load_source(source, dtype="float32")
-    if learning:
-        config = BiRefNetConfig(**{**model.config.to_dict(), **learning})
-        model = model_from_state_dict(config, model.state_dict(), torch.float32)
-    return model, processor
-
-
-def _is_own(source: str, config_class) -> bool:
-    if Path(source).is_file():
-        return False
-    try:
-        return config_class.get_config_dict(source)[0].get("model_type") == config_class.model_type
-    except OSError:
-        return False
+    return model, birefnet.repository.BiRefNetImageProcessor()
 
 
 def _set_resolution(processor, arguments: argparse.Namespace):

@@ -15,10 +15,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from birefnet.repository.image_processing_birefnet import BiRefNetImageProcessor, load_photo
 from PIL import Image
 
 import birefnet
+from birefnet.repository.image_processing_birefnet import BiRefNetImageProcessor, load_photo
 
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)

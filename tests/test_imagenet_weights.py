@@ -7,10 +7,10 @@ import torch
 pytest.importorskip("timm")
 
 import timm
-from birefnet.repository.configuration_birefnet import BiRefNetConfig
-from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
 
 from birefnet.imagenet_weights import SWIN_SOURCES, load_imagenet_weights, rename_swin
+from birefnet.repository.configuration_birefnet import BiRefNetConfig
+from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
 
 from .conftest import TINY_CONFIG
 

@@ -7,10 +7,9 @@ import torch
 pytest.importorskip("peft")
 pytest.importorskip("timm")
 
+from birefnet.low_rank import add_low_rank_adapters, merged
 from birefnet.repository.configuration_birefnet import BiRefNetConfig
 from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
-
-from birefnet.low_rank import add_low_rank_adapters, merged
 
 from .conftest import TINY_CONFIG
 

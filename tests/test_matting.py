@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from birefnet.repository.matting_birefnet import adjust_matte, composite, estimate_foreground
 from PIL import Image
+
+from birefnet.repository.matting_birefnet import adjust_matte, composite, estimate_foreground
 
 
 def random_photo(*shape, seed=0, dtype=torch.float32):

@@ -12,13 +12,13 @@ pytest.importorskip("timm")
 pytest.importorskip("kornia")
 pytest.importorskip("accelerate")
 
-from birefnet.repository.configuration_birefnet import BiRefNetConfig
-from birefnet.repository.image_processing_birefnet import BiRefNetImageProcessor
-from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
 from transformers import TrainingArguments
 
 from birefnet.augmentation import AugmentationSettings
 from birefnet.data import MattingDataset, decode_pair, read_pairs
+from birefnet.repository.configuration_birefnet import BiRefNetConfig
+from birefnet.repository.image_processing_birefnet import BiRefNetImageProcessor
+from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
 from birefnet.trainer import BiRefNetTrainer
 
 from .conftest import TINY_CONFIG

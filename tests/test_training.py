@@ -20,6 +20,7 @@ pytest.importorskip("accelerate")
 
 from birefnet import training
 from birefnet.command_line import CommandError, UsageError
+from birefnet.loading import load_model
 
 from .conftest import TINY_CONFIG
 from .drawn_photos import write_folder
@@ -231,7 +232,7 @@ def test_foreign_weights_are_fine_tuned(tiny_model_folder, tmp_path):
               for key, value in state_dict.items()}  # fmt: skip
     torch.save(halves, tmp_path / "weights.pth")
     shutil.copy(tiny_model_folder / "config.json", tmp_path)
-    model, _ = training.load_model(str(tmp_path / "weights.pth"), {"task": "dis"})
+    model, _ = load_model(tmp_path / "weights.pth", task="dis")
     assert model.dtype == torch.float32 and model.config.task == "dis"
     torch.testing.assert_close(model.state_dict()["decoder.conv_out1.0.weight"].half(),
                                state_dict["decoder.conv_out1.0.weight"].half())  # fmt: skip

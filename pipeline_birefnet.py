@@ -35,7 +35,7 @@ class BiRefNetPipeline(Pipeline):
     """
 
     _load_processor = False
-    _load_photo_processor = True
+    _load_image_processor = True
     _load_video_processor = False
     _load_feature_extractor = False
     _load_tokenizer = False

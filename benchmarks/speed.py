@@ -66,8 +66,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     chosen = parser.parse_args(arguments)
     if chosen.onnx and len(chosen.models) > 1:
         parser.error("--onnx: name the one model of these files by --models")
-    if chosen.repeats < 1:
-        parser.error("--repeats: at least 1")
+    if missing := [file for file in chosen.onnx if not Path(file).is_file()]:
+        parser.error(f"--onnx: no file {missing[0]}")
+    if wrong := [side for side in chosen.sizes if side < 32 or side % 32]:
+        parser.error(f"--sizes: {wrong[0]} is not a multiple of 32")
+    if min(chosen.repeats, chosen.threads, *chosen.batches) < 1:
+        parser.error("--repeats, --threads, --batches: at least 1")
     if chosen.dtypes is None:
         chosen.dtypes = ["float32", "bfloat16", *(["float16"] if chosen.device.startswith("cuda") else [])]
     return chosen
@@ -136,8 +140,8 @@ def measure_case(arguments: argparse.Namespace, model: str, side: int, batch: in
             if not arguments.no_memory and device.type == "cuda":
                 row["memory"] = peak_on_gpu(run, pixel_values)
             runs[subject] = (run, row)
-        except (RuntimeError, MemoryError, ValueError, ImportError) as error:
-            row["error"] = str(error).splitlines()[0]
+        except Exception as error:  # of whatever kind: it stands in the table, and the others go on
+            row["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
     products = {dtype: MatrixProduct(device, getattr(torch, dtype)) for dtype in arguments.dtypes}
     rates = run_in_turns(list(runs.values()), products, pixel_values, arguments.repeats)
     compare_mattes(mattes, {subject: row for subject, (_, row) in runs.items()})

@@ -97,11 +97,26 @@ def test_speed_measures_all_subjects_in_one_run(benchmark, lite, tmp_path, monke
     assert project["matte_difference"] < 1e-6
     assert project["memory_percent_of_plain"] == pytest.approx(100 * 13 / 18)
     assert "seconds" not in published
-    assert published["error"].startswith("--peer missing")
+    assert published["error"].startswith("ValueError: --peer missing")
     printed = capsys.readouterr().out
-    assert "published code, float32: --peer missing" in printed
+    assert "published code, float32: ValueError: --peer missing" in printed
     assert "% of roofline" in printed
     assert files["--picture"].read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sizes", "1000"], "--sizes: 1000 is not a multiple of 32"),
+        (["--models", "lite", "--onnx", "missing.onnx"], "--onnx: no file missing.onnx"),
+        (["--onnx", "missing.onnx"], "name the one model"),
+        (["--batches", "0"], "at least 1"),
+    ],
+)
+def test_speed_refuses_wrong_options(benchmark, options, message, capsys):
+    with pytest.raises(SystemExit):
+        benchmark("speed").parse_arguments(options)
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process's peak")

@@ -71,7 +71,8 @@ def clean_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.
     for key in list(cleaned):
         owner, _, leaf = key.rpartition(".")
         if leaf in ("relative_position_index", "num_batches_tracked"):
-            cleaned[key] = cleaned[key].long()  # at most 528: exact in half precision too
+            # Indices are at most 528, exact in half precision too; a counter beyond its range has become infinite.
+            cleaned[key] = cleaned[key].double().nan_to_num(posinf=65504).long()
         elif leaf == "running_mean":
             cleaned.setdefault(f"{owner}.num_batches_tracked", torch.zeros((), dtype=torch.int64))
         elif leaf == "relative_position_bias_table":
@@ -211,6 +212,7 @@ def locate_foreign_checkpoint(name_or_path: str | Path, **hub_options) -> str | 
     if path.is_file():
         return str(path)
     config_file = cached_file(name_or_path, "config.json", _raise_exceptions_for_missing_entries=False, **hub_options)
-    if config_file is not None and json.loads(Path(config_file).read_text()).get("model_type") == "birefnet":
+    config = json.loads(Path(config_file).read_text(encoding="utf-8")) if config_file is not None else {}
+    if config.get("model_type") == "birefnet" and "backbone" in config:
         return None
     return cached_file(name_or_path, "model.safetensors", **hub_options)

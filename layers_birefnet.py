@@ -40,8 +40,11 @@ def convolve_and_normalize(hidden_states: torch.Tensor, convolution: nn.Conv2d, 
 def image_laplacian(pixel_values: torch.Tensor) -> torch.Tensor:
     """
     (B, 3, H, W) → (B, 1, H, W): Laplacian of the channels' mean with a 5×5 kernel of ones (centre −24) divided by the
-    sum of its magnitudes, reflecting at the border. It is kornia's `laplacian(x, 5)`.
+    sum of its magnitudes, reflecting at the border. It is kornia's `laplacian(x, 5)`, and like there the sum over each
+    5×5 neighbourhood goes first down, then across.
     """
-    kernel = torch.ones(1, 1, 5, 5, dtype=pixel_values.dtype, device=pixel_values.device)
-    kernel[..., 2, 2] = -24
-    return F.conv2d(F.pad(pixel_values.mean(dim=1, keepdim=True), (2, 2, 2, 2), mode="reflect"), kernel / 48)
+    image = pixel_values.mean(dim=1, keepdim=True) / 48
+    height, width = image.shape[-2:]
+    padded = F.pad(image, (2, 2, 2, 2), mode="reflect")
+    rows = sum(padded[..., i : i + height, :] for i in range(5))
+    return sum(rows[..., i : i + width] for i in range(5)) - 25 * image

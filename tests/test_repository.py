@@ -73,12 +73,19 @@ print(json.dumps({{"type": config.model_type, "dtype": str(models[0].dtype), "sh
     assert messages == ""
 
 
-def test_is_importable_as_a_package():
-    from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
-
-    assert Path(sys.modules[BiRefNetForImageSegmentation.__module__].__file__).parent == ROOT
-    model = BiRefNetForImageSegmentation.from_pretrained(ROOT)
-    assert sum(parameter.numel() for parameter in model.parameters()) < 30e6
+def test_is_importable_as_a_package(tmp_path):
+    script = f"""
+import sys
+from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
+from transformers import AutoModelForImageSegmentation
+print(sys.modules[BiRefNetForImageSegmentation.__module__].__file__)
+model = AutoModelForImageSegmentation.from_pretrained({str(ROOT)!r})  # registered: needs no remote code
+assert type(model) is BiRefNetForImageSegmentation
+print(sum(parameter.numel() for parameter in model.parameters()))
+"""
+    file, parameters = run(sys.executable, "-c", script, folder=tmp_path).stdout.split()
+    assert Path(file).parent == ROOT
+    assert int(parameters) < 30e6
     assert (ROOT / "model.safetensors").stat().st_size <= 64 * 2**20
 
 

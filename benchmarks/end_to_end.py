@@ -1,7 +1,7 @@
 """From JPEG files to PNG cut-outs: photos per second of the command line, and where the time goes.
 
     python benchmarks/end_to_end.py
-    python benchmarks/end_to_end.py --photos 10 --resolution 512 --format webp --json out/end_to_end.json
+    python benchmarks/end_to_end.py --model lite --photos 10 --format webp --json out/end_to_end.json
 
 The photos, of 2 to 12 megapixels, are drawn. They are cut out twice: one stage after the other, each timed, and then
 as `birefnet cutout` does it, with decoding and finishing beside the network. The network's own throughput, which the
@@ -18,12 +18,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from subjects import BACKBONES, load_model
 
 from birefnet.command_line import CommandError
 from birefnet.cutout import load_remover
 from birefnet.cutout_jobs import Job
 from birefnet.cutout_stages import cut_out_photos
 from birefnet.photo_files import PhotoSource, encode_picture, read_photo, write_whole
+from birefnet.repository.image_processing_birefnet import BiRefNetImageProcessor
 
 
 STAGES = ("decode", "resize", "network", "matte", "foreground", "encode")
@@ -31,7 +33,7 @@ STAGES = ("decode", "resize", "network", "matte", "foreground", "encode")
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder or Hub id; default: the embedded weights")
+    parser.add_argument("--model", help="lite, general (drawn weights), a folder or Hub id; default: embedded")
     parser.add_argument("--photos", type=int, default=50)
     parser.add_argument("--megapixels", type=float, nargs=2, default=(2, 12), metavar=("LEAST", "MOST"))
     parser.add_argument("--resolution", type=int, help="side of what the network sees; default: the model's")
@@ -43,6 +45,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     chosen = parser.parse_args(arguments)
     chosen.resolution = chosen.resolution and (chosen.resolution, chosen.resolution)
     return chosen
+
+
+def save_drawn_network(name: str, folder: Path):
+    """Lite or general with drawn weights, as a folder of a model. Its mattes are gray, the dearest kind to finish."""
+    load_model(name, "float32", "cpu").save_pretrained(folder)
+    BiRefNetImageProcessor(size={"height": 1024, "width": 1024}).save_pretrained(folder)
 
 
 def draw_photos(folder: Path, count: int, least: float, most: float) -> list[Path]:
@@ -81,9 +89,8 @@ def run_stage_by_stage(files: list[Path], folder: Path, remover, picture_format:
         inputs = [timed("resize", remover.preprocess, photo.image) for photo in decoded]
         for file, photo, outputs in zip(batch, decoded, timed("network", remover.forward, inputs), strict=True):
             # The pipeline makes the matte as the first part of its postprocessing: the rest is foreground colours.
-            remover_processor = remover.image_processor
-            sizes = [outputs["target_size"]]
-            timed("matte", remover_processor.post_process_alpha_matte, outputs, target_sizes=sizes)
+            make_matte = remover.image_processor.post_process_alpha_matte
+            timed("matte", make_matte, outputs, target_sizes=[outputs["target_size"]])
             picture = timed("foreground", remover.postprocess, outputs)
             encoded = timed("encode", encode_picture, picture, picture_format, photo.encoder_options)
             timed("encode", write_whole, encoded, folder / f"{file.stem}.{picture_format}")
@@ -108,9 +115,12 @@ def run_as_command(files: list[Path], folder: Path, remover, picture_format: str
 
 
 def measure(arguments: argparse.Namespace) -> dict:
-    remover = load_remover(arguments)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        if arguments.model in BACKBONES:
+            save_drawn_network(arguments.model, folder / "model")
+            arguments.model = folder / "model"
+        remover = load_remover(arguments)
         files = draw_photos(folder, arguments.photos, *arguments.megapixels)
         warm_up = [remover.preprocess(decode(file).image) for file in files[: arguments.batch_size]]
         remover.forward(warm_up)

@@ -77,12 +77,13 @@ def _neighbours(offsets, modulation, kernel_size, first_row, height):
     """
     batch, _, rows, width = offsets.shape
     device, padding = offsets.device, kernel_size // 2
-    # Places are computed in float32 whatever the network's precision: bfloat16 cannot tell pixel 256 from 257.
-    offsets = offsets.float().permute(0, 2, 3, 1).unflatten(-1, (kernel_size**2, 2))  # (B, rows, W, k², 2)
-    modulation = modulation.float().permute(0, 2, 3, 1)  # (B, rows, W, k²)
-    tap = torch.arange(kernel_size, dtype=torch.float32, device=device) - padding
-    row_of_pixel = torch.arange(first_row, first_row + rows, dtype=torch.float32, device=device)
-    column_of_pixel = torch.arange(width, dtype=torch.float32, device=device)
+    # Places are computed in float32 at least: bfloat16 cannot tell pixel 256 from 257.
+    dtype = torch.promote_types(offsets.dtype, torch.float32)
+    offsets = offsets.to(dtype).permute(0, 2, 3, 1).unflatten(-1, (kernel_size**2, 2))  # (B, rows, W, k², 2)
+    modulation = modulation.to(dtype).permute(0, 2, 3, 1)  # (B, rows, W, k²)
+    tap = torch.arange(kernel_size, dtype=dtype, device=device) - padding
+    row_of_pixel = torch.arange(first_row, first_row + rows, dtype=dtype, device=device)
+    column_of_pixel = torch.arange(width, dtype=dtype, device=device)
     row = offsets[..., 0] + (row_of_pixel[:, None, None] + tap.repeat_interleave(kernel_size))
     column = offsets[..., 1] + (column_of_pixel[:, None] + tap.repeat(kernel_size))
 
@@ -141,7 +142,7 @@ class DeformableConvolution(GradientCheckpointingLayer):
         bias = torch.cat([self.offset_conv.bias, self.modulator_conv.bias])
         both = F.conv2d(hidden_states, weight, bias, padding=self.kernel_size // 2)
         offsets, modulator = both.split([2 * self.kernel_size**2, self.kernel_size**2], dim=1)
-        return offsets, 2 * torch.sigmoid(modulator.float())
+        return offsets, 2 * torch.sigmoid(modulator.to(torch.promote_types(modulator.dtype, torch.float32)))
 
     def forward(self, hidden_states: torch.Tensor, weight: torch.Tensor | None = None, finish=None) -> torch.Tensor:
         """(B, C, H, W) → (B, out channels, H, W). `weight` is used instead of the module's own, `finish` as above."""

@@ -18,14 +18,15 @@ def fold_batch_norm(
     """
     Weight and bias of the convolution that equals a convolution followed by `norm` with its running statistics.
 
-    It is derived in float32 from the parameters at every call and never stored: a few thousandths of the
+    It is derived in float32 at least from the parameters at every call and never stored: a few thousandths of the
     convolution's own cost, and there is no second state to keep in step.
     """
-    scale = norm.weight.float() * torch.rsqrt(norm.running_var.float() + norm.eps)
-    shift = norm.bias.float() - norm.running_mean.float() * scale
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    scale = norm.weight.to(dtype) * torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
+    shift = norm.bias.to(dtype) - norm.running_mean.to(dtype) * scale
     if bias is not None:
-        shift = shift + bias.float() * scale
-    folded = weight.float() * scale.view(-1, *(1,) * (weight.ndim - 1))
+        shift = shift + bias.to(dtype) * scale
+    folded = weight.to(dtype) * scale.view(-1, *(1,) * (weight.ndim - 1))
     return folded.to(weight.dtype), shift.to(weight.dtype)
 
 

@@ -240,7 +240,7 @@ class MattingDataset(torch.utils.data.Dataset):
         cache: Whether to keep the resized pictures in memory: 4·height·width bytes for each pair. `None`: where they
             fit into half of the free memory.
         workers: Threads that decode.
-        show_progress: Whether to show a progress bar.
+        show_progress: Whether to show a progress bar on a terminal.
 
     Attributes:
         pairs: The good pairs, in the order given.
@@ -286,9 +286,10 @@ class MattingDataset(torch.utils.data.Dataset):
                 pixels[row] = squared
 
         kept, bad = [], 0
+        hidden = None if show_progress else True  # None: hidden unless on a terminal
         with ThreadPoolExecutor(self.workers) as threads:
             outcomes = threads.map(decode, range(len(pairs)))
-            for row, error in enumerate(tqdm(outcomes, "reading photos", len(pairs), disable=not show_progress)):
+            for row, error in enumerate(tqdm(outcomes, "reading photos", len(pairs), disable=hidden)):
                 if error is None:
                     kept.append(row)
                 elif on_bad_data == "stop":

@@ -202,3 +202,8 @@ def test_mask_is_read_at_its_own_size(tmp_path):
     mask = dataset.read_mask(0)
     assert mask.shape == (1, 32, 48)
     np.testing.assert_allclose(mask[0].numpy(), np.asarray(draw_pair(0)[1]) / 255, atol=1e-7)
+
+
+def test_progress_bar_is_for_terminals(tmp_path, capsys):
+    MattingDataset(read_pairs([write_folder(tmp_path, ["a"])]), (32, 32), show_progress=True)
+    assert capsys.readouterr().err == ""

@@ -15,6 +15,17 @@ TINY_CONFIG = {
 }
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Small networks train faster without the others, and sums in another order differ in the last bits."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory):
     """A folder as users have it (code, configuration, weights, processor): half a million random weights, 64 x 64."""

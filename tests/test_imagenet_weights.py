@@ -7,6 +7,7 @@ import torch
 pytest.importorskip("timm")
 
 import timm
+from safetensors.torch import save_file
 
 from birefnet.imagenet_weights import SWIN_SOURCES, load_imagenet_weights, rename_swin
 from birefnet.repository.configuration_birefnet import BiRefNetConfig
@@ -74,3 +75,49 @@ def test_weights_out_of_reach_are_an_error_that_names_them(monkeypatch):
     monkeypatch.setattr(timm, "create_model", unreachable)
     with pytest.raises(OSError, match=r"test_resnet cannot be had: no route"):
         load_imagenet_weights(model)
+
+
+# Weights of a file
+
+
+def test_file_with_timms_names_fills_the_backbone(tmp_path):
+    source = timm.create_model("test_resnet").state_dict()
+    torch.save(source, tmp_path / "weights.pth")
+    assert_filled(tmp_path / "weights.pth", source)
+
+
+def test_file_with_other_names_in_the_same_order_fills_the_backbone(tmp_path):
+    source = timm.create_model("test_resnet").state_dict()
+    torch.save({f"port.{i}": tensor for i, tensor in enumerate(source.values())}, tmp_path / "weights.pth")
+    assert_filled(tmp_path / "weights.pth", source)
+
+
+def assert_filled(file, source):
+    model = BiRefNetForImageSegmentation(BiRefNetConfig(**TINY_CONFIG))
+    load_imagenet_weights(model, file)
+    mine = model.bb.state_dict()
+    assert mine.keys() == source.keys() - {"fc.weight", "fc.bias"}
+    assert all(torch.equal(value, source[key]) for key, value in mine.items())
+
+
+def test_file_fills_a_swin_backbone(tmp_path):
+    source = timm.create_model(SWIN_SOURCES["swin_v1_t"]).state_dict()
+    save_file(source, tmp_path / "weights.safetensors")
+    model = BiRefNetForImageSegmentation(BiRefNetConfig(backbone="swin_v1_t"))
+    load_imagenet_weights(model, tmp_path / "weights.safetensors")
+    expected, mine = rename_swin(source), model.bb.state_dict()
+    assert all(torch.equal(mine[key], value) for key, value in expected.items() if key in mine)
+
+
+@pytest.mark.parametrize("prefix", ["", "port."], ids=["timm's names", "other names"])
+@pytest.mark.parametrize("wrong", ["conv1.0.weight", "one.more"], ids=["shape", "number"])
+def test_file_of_another_network_is_refused(tmp_path, prefix, wrong):
+    weights = {**timm.create_model("test_resnet").state_dict(), wrong: torch.zeros(2)}
+    torch.save({prefix + name: tensor for name, tensor in weights.items()}, tmp_path / "weights.pth")
+    with pytest.raises(OSError, match=r"weights\.pth.*test_resnet"):
+        load_imagenet_weights(BiRefNetForImageSegmentation(BiRefNetConfig(**TINY_CONFIG)), tmp_path / "weights.pth")
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(OSError, match=r"absent\.pth"):
+        load_imagenet_weights(BiRefNetForImageSegmentation(BiRefNetConfig(**TINY_CONFIG)), tmp_path / "absent.pth")

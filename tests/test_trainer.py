@@ -25,6 +25,9 @@ from .conftest import TINY_CONFIG
 from .drawn_photos import write_folder
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 SIZE = (64, 64)
 
 
@@ -32,14 +35,6 @@ SIZE = (64, 64)
 def dataset(tmp_path_factory):
     folder = write_folder(tmp_path_factory.mktemp("photos"), "abcdefgh", size=(80, 50))
     return MattingDataset(read_pairs([folder]), SIZE, show_progress=False)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_trainer(dataset, folder, model=None, more=None, **arguments):

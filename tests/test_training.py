@@ -27,6 +27,9 @@ from .drawn_photos import write_folder
 from .hub_server import LoopbackHub
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 TINY_NETWORK = [
     word
     for field, value in TINY_CONFIG.items()
@@ -37,14 +40,6 @@ TINY_NETWORK = [
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("photos"), [f"photo{i:02}" for i in range(14)], size=(64, 64))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def parse(*words):
@@ -78,8 +73,7 @@ LONG = ["--epochs", 3, "--learning-rate", 1e-3, "--schedule", "cosine", "--ema-d
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(photos, tmp_path_factory):
-    torch.set_num_threads(1)
+def uninterrupted(photos, one_thread, tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
     training.train(options(photos, folder, *LONG))
     return folder
@@ -245,6 +239,16 @@ def test_structure_and_model_exclude_each_other(photos, tiny_model_folder, tmp_p
         training.train(options(photos, tmp_path, "--model", tiny_model_folder, "--imagenet-backbone", new=False))
 
 
+def test_backbone_starts_from_a_file(photos, tmp_path):
+    import timm
+
+    source = timm.create_model(TINY_CONFIG["backbone"]).state_dict()
+    torch.save(source, tmp_path / "weights.pth")
+    arguments = options(photos, tmp_path / "out", "--imagenet-backbone", tmp_path / "weights.pth")
+    mine = training.build_model(arguments)[0].bb.state_dict()
+    assert mine and all(torch.equal(value, source[key]) for key, value in mine.items())
+
+
 @pytest.mark.parametrize("wrong", [["--resolution", 65], ["--dynamic-resolution", 96, 64], ["--validation-share", 1]])
 def test_wrong_options_are_named(photos, tmp_path, wrong):
     with pytest.raises(UsageError, match=str(wrong[0])):
@@ -290,6 +294,14 @@ def test_recipe_of_the_task():
     assert training.default_last_epochs("general", 200) == 20
     assert training.default_last_epochs("general", 20) == 2
     assert training.default_last_epochs("dis", 1000) == 40
+
+
+def test_bf16_needs_no_accelerator(tmp_path, monkeypatch):
+    """transformers refuses it on a machine that has none, unless it is told that the CPU is meant."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    arguments = parse("--data", "x", "--output", tmp_path, "--bf16")
+    found = training.training_arguments(arguments, "general", argparse.Namespace(pixels=1), None)
+    assert found.bf16 and found.device.type == "cpu"
 
 
 def test_split_is_repeatable_and_whole():

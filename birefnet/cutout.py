@@ -21,6 +21,7 @@ from birefnet import repository_folder
 from birefnet.command_line import CommandError, UsageError
 from birefnet.cutout_jobs import Report, plan_jobs
 from birefnet.cutout_stages import cut_out_photos
+from birefnet.loading import collector_at_rest, load_model
 from birefnet.photo_files import PhotoSource, read_photo
 
 
@@ -204,6 +205,7 @@ def _read_background(background: str | None):
         ) from None
 
 
+@collector_at_rest()
 def load_remover(arguments: argparse.Namespace, variant: str | None = None):
     """
     The background-removal pipeline on the device, in the dtype and at the resolution that the arguments ask for, with
@@ -215,7 +217,6 @@ def load_remover(arguments: argparse.Namespace, variant: str | None = None):
     import torch  # here, since these imports take seconds
     from transformers.utils.logging import disable_progress_bar
 
-    from birefnet.loading import load_model
     from birefnet.repository.pipeline_birefnet import BiRefNetPipeline
     from birefnet.variants import load_variant
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -33,6 +34,37 @@ def huge_png():
         for name, data in chunks
     )
 
+
+UP_TO_THE_NETWORK = """
+import gc, json, os, sys
+from birefnet import command_line, cutout
+
+load_remover = cutout.load_remover
+
+def load_and_watch(*arguments, **options):
+    remover = load_remover(*arguments, **options)
+    def first_call(*arguments, **options):
+        compiled = sys.modules.get("torch._dynamo.utils")
+        print(json.dumps({
+            "modules": sorted(sys.modules),
+            "compiled": sum(sum(counter.values()) for counter in compiled.counters.values()) if compiled else 0,
+            "full_collections": gc.get_stats()[2]["collections"],
+            "collector_runs": gc.isenabled(),
+        }), flush=True)
+        os._exit(0)
+    remover.forward = first_call
+    return remover
+
+cutout.load_remover = load_and_watch
+sys.exit(command_line.main(sys.argv[1:]))
+"""
+# What is installed with the extras and costs from a tenth of a second to seconds, and no cut-out needs.
+UNNEEDED = {
+    *("cv2", "datasets", "kornia", "matplotlib", "onnxruntime", "pandas", "peft", "py_sod_metrics", "pyarrow"),
+    *("skimage", "sklearn", "tensorboard", "torchao", "torchaudio"),
+    *("birefnet.data", "birefnet.evaluation", "birefnet.metrics", "birefnet.training", "birefnet.variant_card"),
+    *("torch._inductor.compile_fx", "torch.utils.tensorboard", "transformers.trainer"),
+}
 
 GOOD = {  # name: (width, height) of the result
     "1x1.png": (1, 1),
@@ -226,6 +258,28 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path, capfd):
     assert main(["cutout", str(tmp_path / "a.png"), "--model", str(tmp_path / "nowhere"), "--device", "cpu"]) == 1
     error = capfd.readouterr().err
     assert "nowhere is no file, folder, variant or repository" in error and len(error.splitlines()) == 1
+
+
+def test_only_what_is_needed_is_imported_before_the_network(tiny_model_folder, tmp_path):
+    """And nothing is compiled, nor does the garbage collector look through what the imports have made."""
+    draw(40, 30).save(tmp_path / "a.png")
+    command = [sys.executable, "-c", UP_TO_THE_NETWORK, "cutout", tmp_path / "a.png", "--model", tiny_model_folder]
+    process = subprocess.run(
+        [*command, "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.returncode == 0, process.stderr
+    found = json.loads(process.stdout)
+    modules = set(found["modules"])
+    assert {"torch", "timm", "birefnet.repository.modeling_birefnet"} <= modules  # else the list says nothing
+    assert not modules & UNNEEDED
+    assert not [name for name in modules if re.match(r"transformers\.models\.(?!auto\.)\w+\.(modeling|image)_", name)]
+    assert not [name for name in modules if re.match(r"transformers\.pipelines\.(?!base|pt_utils)", name)]
+    assert found["compiled"] == found["full_collections"] == 0
+    assert found["collector_runs"]
 
 
 def test_ctrl_c_leaves_whole_results_only(tiny_model_folder, tmp_path):

@@ -48,7 +48,9 @@ class DecodedPhoto:
     encoder_options: dict  # ICC profile and print resolution, for `encode_picture`
 
 
-def find_photos(arguments: list[str], excluded_folder: Path | None = None) -> tuple[list[PhotoSource], list[str]]:
+def find_photos(
+    arguments: list[str], excluded_folder: Path | None = None
+) -> tuple[list[PhotoSource], list[tuple[str, str]]]:
     """
     Expands files, folders (searched recursively), glob patterns and `-` into photos, each once, in the given order.
 
@@ -57,14 +59,14 @@ def find_photos(arguments: list[str], excluded_folder: Path | None = None) -> tu
         excluded_folder: a folder below the searched ones that holds results, not photos.
 
     Returns:
-        The photos, and one message for each argument that leads to none.
+        The photos, and each argument that leads to none with the reason.
     """
     photos: dict[str, PhotoSource] = {}
     problems = []
     for argument in arguments:
         found = list(_expand(argument, excluded_folder))
         if not found:
-            problems.append(_why_nothing(argument))
+            problems.append((argument, _why_nothing(argument)))
         for photo in found:
             photos.setdefault(STANDARD_STREAM if photo.path is None else os.path.abspath(photo.path), photo)
     return list(photos.values()), problems
@@ -115,8 +117,8 @@ def _folder_before_wildcards(pattern: Path) -> Path:
 
 def _why_nothing(argument: str) -> str:
     if os.path.isdir(argument):
-        return f"{argument}: no photo in this folder (looked for {' '.join(PHOTO_SUFFIXES)})"
-    return f"{argument}: no photo matches this pattern"
+        return f"no photo in this folder (looked for {' '.join(PHOTO_SUFFIXES)})"
+    return "no photo matches this pattern"
 
 
 def read_photo(source: PhotoSource, sufficient_side: int | None = None) -> DecodedPhoto:

@@ -48,6 +48,14 @@ def test_a_folder_keeps_its_structure(folder):
     assert plan("in", "-o", "out")[0] == expected
 
 
+def test_what_leads_to_no_photo_is_reported_and_the_rest_goes_on(folder):
+    make("a.jpg")
+    Path("empty").mkdir()
+    outputs, reports = plan("a.jpg", "*.tif", "empty")
+    assert list(outputs) == ["a.jpg"]
+    assert "no photo matches" in reports["*.tif"].error and "no photo in this folder" in reports["empty"].error
+
+
 def test_an_output_folder_inside_the_searched_one_is_left_out(folder):
     make("in/a.jpg", "in/out/a.png")
     outputs, reports = plan("in", "-o", "in/out", "--overwrite")

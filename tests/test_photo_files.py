@@ -67,7 +67,8 @@ def test_the_output_folder_is_not_searched(tmp_path):
 def test_what_leads_to_no_photo_is_named(tmp_path):
     photos, problems = found([tmp_path, tmp_path / "*.jpg"])
     assert photos == []
-    assert "no photo in this folder" in problems[0] and "matches this pattern" in problems[1]
+    assert [argument for argument, _ in problems] == [str(tmp_path), str(tmp_path / "*.jpg")]
+    assert "no photo in this folder" in problems[0][1] and "matches this pattern" in problems[1][1]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

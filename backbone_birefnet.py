@@ -1,11 +1,14 @@
 """Backbones of BiRefNet: Swin Transformer v1 in the layout of the official checkpoints, and any timm model."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_birefnet import DINO_V3_BACKBONES, SWIN_BACKBONES
+from .layers_birefnet import concatenate, tiles
 
 
 def create_backbone(config):
@@ -73,12 +76,17 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, branch: torch.Tensor, batch: int) -> torch.Tensor:
+        """
+        Args:
+            branch: (B·n, C), the rows of each sample after those of the one before.
+            batch: B.
+        """
         if self.rate == 0.0 or not self.training:
-            return hidden_states
+            return branch
         keep = 1.0 - self.rate
-        shape = (hidden_states.shape[0],) + (1,) * (hidden_states.ndim - 1)
-        return hidden_states * hidden_states.new_empty(shape).bernoulli_(keep).div_(keep)
+        kept = branch.new_empty(batch, 1, 1).bernoulli_(keep).div_(keep)
+        return (branch.view(batch, -1, branch.shape[-1]) * kept).flatten(0, 1)
 
 
 def relative_position_index(window_size: int) -> torch.Tensor:
@@ -89,6 +97,81 @@ def relative_position_index(window_size: int) -> torch.Tensor:
     row_distance = rows[:, None] - rows[None, :] + window_size - 1
     column_distance = columns[:, None] - columns[None, :] + window_size - 1
     return row_distance * (2 * window_size - 1) + column_distance
+
+
+class WindowOrder(NamedTuple):
+    """
+    Where the tokens of B maps of H×W stand when the maps are cut into windows of w², for indexing rows of tokens: each
+    token is moved once into its window and once back, whatever shift and padding there are.
+    """
+
+    batch: int
+    tokens: torch.Tensor  # (B·windows·w²,) the token of each place in the windows, any where `is_token` is 0
+    is_token: torch.Tensor | None  # (B·windows·w², 1) 1, or 0 in the padding; `None` without padding
+    places: torch.Tensor  # (B·H·W,) the place of each token
+    groups: list[tuple[int, torch.Tensor | None]]  # successive windows: their number, and the (w², w²) mask they share
+
+
+def order_windows(shape: tuple[int, int, int], size: int, shift: int, like: torch.Tensor) -> WindowOrder:
+    """
+    The windows of maps of `shape` (B, H, W), which are padded at the right and bottom to a multiple of `size` and
+    rolled by −`shift`. After rolling only the windows of the last column, the last row and the corner hold tokens from
+    opposite sides of the map, so three masks serve however many windows there are.
+
+    Args:
+        like: a tensor of the device and dtype of the tokens.
+    """
+    batch, height, width = shape
+    padded_height, padded_width = height + -height % size, width + -width % size
+    rows, columns = padded_height // size, padded_width // size
+    # Every number below is a place of the padded maps, or of the windows, counted from 0.
+    padded = torch.arange(batch * padded_height * padded_width, device=like.device)
+    rolled = padded.view(batch, padded_height, padded_width).roll((-shift, -shift), dims=(1, 2))
+    windows = rolled.view(batch, rows, size, columns, size).transpose(2, 3)  # (B, rows, columns, w, w)
+    seams = [(slice(None), slice(None))]
+    if shift:
+        seams = [
+            (vertical, horizontal)
+            for vertical in (slice(-1), slice(-1, None))
+            for horizontal in (slice(-1), slice(-1, None))
+        ]
+    regions = [windows[:, vertical, horizontal].reshape(-1, size * size) for vertical, horizontal in seams]
+    order = torch.cat(regions).flatten()
+    places = torch.empty_like(order).scatter_(0, order, padded).view(batch, padded_height, padded_width)
+
+    image, row, column = (
+        order // (padded_height * padded_width),
+        order // padded_width % padded_height,
+        order % padded_width,
+    )
+    tokens = (image * height + row.clamp(max=height - 1)) * width + column.clamp(max=width - 1)
+    is_token = None
+    if (padded_height, padded_width) != (height, width):
+        is_token = ((row < height) & (column < width)).to(like.dtype).unsqueeze(-1)
+    groups = list(zip([region.shape[0] for region in regions], seam_masks(size, shift, like), strict=True))
+    return WindowOrder(batch, tokens, is_token, places[:, :height, :width].flatten(), groups)
+
+
+def seam_masks(size: int, shift: int, like: torch.Tensor) -> list[torch.Tensor | None]:
+    """
+    For the windows inside, of the last column, of the last row and of the corner `None` or a (w², w²) mask: −inf
+    between tokens that are no neighbours in the picture.
+    """
+    if not shift:
+        return [None]
+    from_other_side = torch.arange(size, device=like.device) >= size - shift
+    rows = from_other_side.repeat_interleave(size)  # of each of the w² tokens
+    columns = from_other_side.repeat(size)
+    rows_differ = rows[:, None] != rows[None, :]
+    columns_differ = columns[:, None] != columns[None, :]
+    zeros = like.new_zeros(size * size, size * size)
+    return [
+        None,
+        *(
+            zeros.masked_fill(seam, float("-inf"))
+            for seam in (columns_differ, rows_differ, rows_differ | columns_differ)
+        ),
+    ]
 
 
 class WindowAttention(nn.Module):
@@ -111,29 +194,38 @@ class WindowAttention(nn.Module):
         tokens = self.window_size**2
         return bias.view(tokens, tokens, self.num_heads).permute(2, 0, 1).unsqueeze(0)
 
-    def forward(self, windows: torch.Tensor, groups: list[tuple[int, torch.Tensor | None]]) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, order: WindowOrder) -> torch.Tensor:
         """
         Args:
-            windows: (number of windows, w², C).
-            groups: consecutive groups of windows as (their number, the (w², w²) mask that they share, or `None`).
-        """
-        number, tokens, dimension = windows.shape
-        qkv = self.qkv(windows).view(number, tokens, 3, self.num_heads, dimension // self.num_heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (number, heads, w², 32)
-        bias = self.relative_position_bias()
-        attended, start = [], 0
-        for length, mask in groups:
-            part = slice(start, start + length)
-            attended.append(self._attend(query[part], key[part], value[part], bias if mask is None else bias + mask))
-            start += length
-        attended = torch.cat(attended) if len(attended) > 1 else attended[0]
-        return self.proj(attended.transpose(1, 2).reshape(number, tokens, dimension))
+            hidden_states: (B·H·W, C).
 
-    def _attend(self, query, key, value, bias):
+        Returns:
+            What each place of the windows attended to, (B·windows·w², C), before `proj`.
+        """
+        bias = self.relative_position_bias()
+        places, channels = self.window_size**2, hidden_states.shape[-1]
+        attended, start = [], 0
+        for number, mask in order.groups:
+            group_bias = bias if mask is None else bias + mask
+            for part in tiles(number, 3 * places * channels, hidden_states):
+                rows = slice((start + part.start) * places, (start + part.stop) * places)
+                windows = hidden_states.index_select(0, order.tokens[rows])
+                if order.is_token is not None:
+                    windows = windows * order.is_token[rows]
+                attended.append(self.attend(windows.view(-1, places, channels), group_bias))
+            start += number
+        return concatenate(attended)
+
+    def attend(self, windows: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:  # (n, w², C) → (n·w², C)
+        number, tokens, channels = windows.shape
+        qkv = self.qkv(windows).view(number, tokens, 3, self.num_heads, channels // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (n, heads, w², 32)
         if self.config._attn_implementation == "eager":
             scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5 + bias
-            return scores.softmax(dim=-1) @ value
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+            attended = scores.softmax(dim=-1) @ value
+        else:
+            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        return attended.transpose(1, 2).reshape(number * tokens, channels)
 
 
 class SwinMLP(nn.Module):
@@ -151,7 +243,6 @@ class SwinBlock(GradientCheckpointingLayer):
 
     def __init__(self, config, dimension: int, num_heads: int, window_size: int, shift: int, drop_path_rate: float):
         super().__init__()
-        self.window_size = window_size
         self.shift = shift
         self.norm1 = nn.LayerNorm(dimension)
         self.attn = WindowAttention(config, dimension, num_heads, window_size)
@@ -159,83 +250,21 @@ class SwinBlock(GradientCheckpointingLayer):
         self.norm2 = nn.LayerNorm(dimension)
         self.mlp = SwinMLP(dimension, 4 * dimension)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, H, W, C)
-        hidden_states = hidden_states + self.drop_path(self.attend_in_windows(self.norm1(hidden_states)))
-        return hidden_states + self.drop_path(self.mlp(self.norm2(hidden_states)))
+    def forward(self, hidden_states: torch.Tensor, order: WindowOrder) -> torch.Tensor:  # (B·H·W, C)
+        attended = self.attn(self.norm1(hidden_states), order)
+        number, channels = hidden_states.shape
+        parts = [slice(0, number)] if self.training else tiles(number, 4 * channels, hidden_states)
+        return concatenate(
+            [self.mix(hidden_states[part], attended, order.places[part], order.batch) for part in parts]
+        )
 
-    def attend_in_windows(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        height, width = hidden_states.shape[1:3]
-        size = self.window_size
-        padded = F.pad(hidden_states, (0, 0, 0, -width % size, 0, -height % size))
-        regions = self._regions(padded)
-        windows = torch.cat([partition_windows(region, size) for region in regions])
-        lengths = [region.shape[0] * (region.shape[1] // size) * (region.shape[2] // size) for region in regions]
-        attended = self.attn(windows, list(zip(lengths, self._masks(windows), strict=True)))
-        merged = [merge_windows(part, region) for part, region in zip(attended.split(lengths), regions, strict=True)]
-        return self._assemble(merged)[:, :height, :width]
-
-    def _regions(self, padded: torch.Tensor) -> list[torch.Tensor]:
-        """
-        The map itself, or for a shifted block the four parts of the rolled map: only the windows of the last column,
-        the last row and the corner hold tokens from opposite sides of the map, so three masks serve however many
-        windows there are. The parts are sliced out, which saves rolling the map to and fro.
-        """
-        if not self.shift:
-            return [padded]
-        row, column = padded.shape[1] - self.window_size + self.shift, padded.shape[2] - self.window_size + self.shift
-        middle = padded[:, self.shift : row]
-        bottom = torch.cat([padded[:, row:], padded[:, : self.shift]], dim=1)
-        return [
-            region
-            for rows in (middle, bottom)
-            for region in (
-                rows[:, :, self.shift : column],
-                torch.cat([rows[:, :, column:], rows[:, :, : self.shift]], dim=2),
-            )
-        ]
-
-    def _assemble(self, regions: list[torch.Tensor]) -> torch.Tensor:
-        """Undoes `_regions`."""
-        if not self.shift:
-            return regions[0]
-        split = self.window_size - self.shift  # of the last row and column, what was not rolled in from the other side
-        inner, right, below, corner = regions
-        bands = [
-            torch.cat([last[:, :, split:], first, last[:, :, :split]], dim=2)
-            for first, last in ((inner, right), (below, corner))
-        ]
-        middle, bottom = bands
-        return torch.cat([bottom[:, split:], middle, bottom[:, :split]], dim=1)
-
-    def _masks(self, windows: torch.Tensor) -> list[torch.Tensor | None]:
-        """For each region `None` or a (w², w²) mask: −inf between tokens that are no neighbours in the picture."""
-        if not self.shift:
-            return [None]
-        size = self.window_size
-        from_other_side = torch.arange(size, device=windows.device) >= size - self.shift
-        rows = from_other_side.repeat_interleave(size)  # of each of the w² tokens
-        columns = from_other_side.repeat(size)
-        rows_differ = rows[:, None] != rows[None, :]
-        columns_differ = columns[:, None] != columns[None, :]
-        zeros = torch.zeros(size * size, size * size, dtype=windows.dtype, device=windows.device)
-        seams = (columns_differ, rows_differ, rows_differ | columns_differ)
-        return [None, *(zeros.masked_fill(seam, float("-inf")) for seam in seams)]
-
-
-def partition_windows(hidden_states: torch.Tensor, size: int) -> torch.Tensor:
-    """(B, H, W, C) → (B·H/size·W/size, size², C)"""
-    batch, height, width, channels = hidden_states.shape
-    rows, columns = height // size, width // size
-    windows = hidden_states.reshape(batch, rows, size, columns, size, channels).transpose(2, 3)
-    return windows.reshape(batch * rows * columns, size * size, channels)
-
-
-def merge_windows(windows: torch.Tensor, region: torch.Tensor) -> torch.Tensor:
-    """(B·H/size·W/size, size², C) → (B, H, W, C), the shape of `region`"""
-    batch, height, width, channels = region.shape
-    size = int(windows.shape[1] ** 0.5)
-    windows = windows.view(batch, height // size, width // size, size, size, channels)
-    return windows.transpose(2, 3).reshape(batch, height, width, channels)
+    def mix(
+        self, hidden_states: torch.Tensor, attended: torch.Tensor, places: torch.Tensor, batch: int
+    ) -> torch.Tensor:
+        """What follows the attention and goes token by token."""
+        attended = self.attn.proj(attended.index_select(0, places))
+        hidden_states = hidden_states + self.drop_path(attended, batch)
+        return hidden_states + self.drop_path(self.mlp(self.norm2(hidden_states)), batch)
 
 
 class PatchMerging(nn.Module):
@@ -248,8 +277,9 @@ class PatchMerging(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, H, W, C) → (B, ⌈H/2⌉, ⌈W/2⌉, 2C)
         height, width = hidden_states.shape[1:3]
-        padded = F.pad(hidden_states, (0, 0, 0, width % 2, 0, height % 2))
-        phases = [padded[:, row::2, column::2] for row, column in ((0, 0), (1, 0), (0, 1), (1, 1))]
+        if height % 2 or width % 2:
+            hidden_states = F.pad(hidden_states, (0, 0, 0, width % 2, 0, height % 2))
+        phases = [hidden_states[:, row::2, column::2] for row, column in ((0, 0), (1, 0), (0, 1), (1, 1))]
         return self.reduction(self.norm(torch.cat(phases, dim=-1)))
 
 
@@ -264,6 +294,16 @@ class SwinStage(nn.Module):
         )
         if has_downsample:
             self.downsample = PatchMerging(dimension)
+        self.window_size = window_size
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, H, W, C)
+        shape = hidden_states.shape
+        shifts = {block.shift for block in self.blocks}
+        orders = {shift: order_windows(shape[:3], self.window_size, shift, hidden_states) for shift in shifts}
+        hidden_states = hidden_states.reshape(-1, shape[-1])
+        for block in self.blocks:
+            hidden_states = block(hidden_states, orders[block.shift])
+        return hidden_states.view(shape)
 
 
 class SwinPatchEmbedding(nn.Module):
@@ -274,8 +314,9 @@ class SwinPatchEmbedding(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:  # (B, 3, H, W) → (B, ⌈H/4⌉, ⌈W/4⌉, C)
         height, width = pixel_values.shape[-2:]
-        padded = F.pad(pixel_values, (0, -width % 4, 0, -height % 4))
-        return self.norm(self.proj(padded).permute(0, 2, 3, 1))
+        if height % 4 or width % 4:
+            pixel_values = F.pad(pixel_values, (0, -width % 4, 0, -height % 4))
+        return self.norm(self.proj(pixel_values).permute(0, 2, 3, 1))
 
 
 class SwinTransformer(nn.Module):
@@ -313,7 +354,6 @@ class SwinTransformer(nn.Module):
         for i, stage in enumerate(self.layers):
             if i > 0:
                 hidden_states = self.layers[i - 1].downsample(hidden_states)
-            for block in stage.blocks:
-                hidden_states = block(hidden_states)
+            hidden_states = stage(hidden_states)
             features.append(getattr(self, f"norm{i}")(hidden_states).permute(0, 3, 1, 2))
         return features

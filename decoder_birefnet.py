@@ -6,7 +6,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .deformable_birefnet import ATTENTION_BLOCKS
-from .layers_birefnet import convolve_and_normalize, fold_batch_norm, image_laplacian, resize
+from .layers_birefnet import convolve, convolve_and_normalize, fold_batch_norm, image_laplacian, resize
 
 
 class DecoderBlock(nn.Module):
@@ -26,28 +26,28 @@ class DecoderBlock(nn.Module):
         if self.is_residual:
             self.conv_resi = nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, hidden_states: torch.Tensor, head: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, *parts: torch.Tensor, head: torch.Tensor | None = None) -> torch.Tensor:
         """
         Args:
-            hidden_states: (B, in channels, h, w).
+            parts: (B, C_i, h, w) each, the input's channels in turn.
             head: (1, out channels, 1, 1), the weight of a following 1×1 convolution to apply as well.
 
         Returns:
             (B, out channels, h, w), or (B, 1, h, w) with a head.
         """
-        inner = F.relu(convolve_and_normalize(hidden_states, self.conv_in, self.bn_in))
+        inner = F.relu(convolve_and_normalize(parts, self.conv_in, self.bn_in))
         if self.has_attention:
             inner = self.dec_att(inner)
         if head is None or self.bn_out.training:
-            output = convolve_and_normalize(inner, self.conv_out, self.bn_out)
+            output = convolve_and_normalize([inner], self.conv_out, self.bn_out)
             if self.is_residual:
-                output = output + self.conv_resi(hidden_states)
+                output = output + convolve(parts, self.conv_resi.weight, self.conv_resi.bias)
             return output if head is None else F.conv2d(output, head)
         # All that follows is linear, so the head goes first: one channel instead of the block's many.
         weight, bias = fold_batch_norm(self.conv_out.weight, self.conv_out.bias, self.bn_out)
         output = F.conv2d(inner, *apply_head(head, weight, bias), padding=1)
         if self.is_residual:
-            output = output + F.conv2d(hidden_states, *apply_head(head, self.conv_resi.weight, self.conv_resi.bias))
+            output = output + convolve(parts, *apply_head(head, self.conv_resi.weight, self.conv_resi.bias))
         return output
 
 
@@ -177,15 +177,15 @@ class BiRefNetDecoder(nn.Module):
         training_outputs: dict[str, tuple] = {}
         gradient = image_laplacian(image) if self.training and self.config.gradient_reference else None
 
-        p4 = self.decoder_block4(self.see_source(x4, image, 5))
+        p4 = self.decoder_block4(x4, *self.see_source(x4, image, 5))
         p4 = self.refer_to_gradient(p4, gradient, 4, training_outputs)
 
         p3 = resize(p4, x3.shape[-2:]) + self.lateral_block4(x3)
-        p3 = self.decoder_block3(self.see_source(p3, image, 4))
+        p3 = self.decoder_block3(p3, *self.see_source(p3, image, 4))
         p3 = self.refer_to_gradient(p3, gradient, 3, training_outputs)
 
         p2 = resize(p3, x2.shape[-2:]) + self.lateral_block3(x2)
-        p2 = self.decoder_block2(self.see_source(p2, image, 3))
+        p2 = self.decoder_block2(p2, *self.see_source(p2, image, 3))
         p2 = self.refer_to_gradient(p2, gradient, 2, training_outputs)
 
         p1 = resize(p2, x1.shape[-2:]) + self.lateral_block2(x1)
@@ -193,7 +193,7 @@ class BiRefNetDecoder(nn.Module):
         # first: one channel is brought to full size instead of 48 to 192.
         head, bias = self.conv_out1[0].weight, self.conv_out1[0].bias
         from_p1, from_image = head.split([head.shape[1] - self.source_channels(1), self.source_channels(1)], dim=1)
-        p1_logits = self.decoder_block1(self.see_source(p1, image, 2), from_p1)
+        p1_logits = self.decoder_block1(p1, *self.see_source(p1, image, 2), head=from_p1)
         logits = resize(p1_logits, image.shape[-2:]) + bias.view(1, 1, 1, 1)
         if self.config.source_reference is not None:
             logits = logits + self.ipt_blk1.forward_with_head(image, from_image)
@@ -213,13 +213,13 @@ class BiRefNetDecoder(nn.Module):
             for neck, feature, size in zip(necks, features, sizes, strict=True)
         ]
 
-    def see_source(self, hidden_states: torch.Tensor, image: torch.Tensor, level: int) -> torch.Tensor:
-        """Concatenates what `ipt_blk{level}` sees of the image at this map's size."""
+    def see_source(self, hidden_states: torch.Tensor, image: torch.Tensor, level: int) -> list[torch.Tensor]:
+        """What `ipt_blk{level}` sees of the image at this map's size, or nothing without a source reference."""
         if self.config.source_reference is None:
-            return hidden_states
+            return []
         size = hidden_states.shape[-2:]
         source = image_to_patches(image, size) if self.config.source_reference == "patches" else resize(image, size)
-        return torch.cat([hidden_states, getattr(self, f"ipt_blk{level}")(source)], dim=1)
+        return [getattr(self, f"ipt_blk{level}")(source)]
 
     def refer_to_gradient(
         self,
@@ -239,7 +239,7 @@ class BiRefNetDecoder(nn.Module):
         if not self.config.gradient_reference:
             return hidden_states
         convolution, norm, activation = getattr(self, f"gdt_convs_{stage}")
-        gradient_features = activation(convolve_and_normalize(hidden_states, convolution, norm))
+        gradient_features = activation(convolve_and_normalize([hidden_states], convolution, norm))
         if self.training:
             collect("gradient_logits", getattr(self, f"gdt_convs_pred_{stage}")(gradient_features))
             # The target follows the stage's own prediction, without a detach, as published.

@@ -7,12 +7,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .layers_birefnet import convolve_and_normalize, fold_batch_norm
+from .layers_birefnet import convolve_and_normalize, fold_batch_norm, tiles
 
 
-# Samples of one tile of rows. On a CPU a tile's samples should stay in the cache between being gathered and being
-# multiplied; elsewhere, and in a graph, where tiles would be unrolled, fewer and larger tiles are better.
-CPU_TILE_BYTES = 8 * 2**20
+# Samples of one tile of rows where no cache is to be filled; bounds the memory.
 TILE_BYTES = 512 * 2**20
 
 
@@ -49,15 +47,15 @@ def deformable_convolution(
     taps = kernel_size**2
     pixels = hidden_states.permute(0, 2, 3, 1).reshape(batch * height * width, channels)
     kernel = weight.permute(2, 3, 1, 0).reshape(taps * channels, out_channels)
-    step = rows_per_tile(hidden_states, kernel_size)
-    tiles = []
-    for first in range(0, height, step):
-        rows = slice(first, min(first + step, height))
-        indices, shares = _neighbours(offsets[:, :, rows], modulation[:, :, rows], kernel_size, first, height)
+    parts = []
+    images = 1 if torch.compiler.is_compiling() else batch  # it may be symbolic there, and their number may not
+    row_size = images * width * max(taps * channels, out_channels)
+    for rows in tiles(height, row_size, hidden_states, TILE_BYTES):
+        indices, shares = _neighbours(offsets[:, :, rows], modulation[:, :, rows], kernel_size, rows.start, height)
         samples = F.embedding_bag(indices, pixels, per_sample_weights=shares.to(pixels.dtype), mode="sum")
-        tile = (samples.view(-1, taps * channels) @ kernel).view(batch, rows.stop - first, width, out_channels)
-        tiles.append(tile if finish is None else finish(tile))
-    return torch.cat(tiles, dim=1).permute(0, 3, 1, 2)
+        tile = (samples.view(-1, taps * channels) @ kernel).view(batch, -1, width, out_channels)
+        parts.append(tile if finish is None else finish(tile))
+    return torch.cat(parts, dim=1).permute(0, 3, 1, 2)
 
 
 def _check_shapes(hidden_states, offsets, modulation, weight):
@@ -111,14 +109,6 @@ def _neighbours_on_axis(place, size):
     lower = lower_place.clamp(0, size - 1).long()
     upper = (lower_place + 1).clamp(0, size - 1).long()
     return (lower, upper), (lower_share, upper_share)
-
-
-def rows_per_tile(hidden_states: torch.Tensor, kernel_size: int) -> int:
-    """Rows of output whose samples fill a tile. It does not depend on the batch size, which may be symbolic."""
-    in_cache = hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
-    _, channels, height, width = hidden_states.shape
-    bytes_per_row = width * kernel_size**2 * channels * hidden_states.element_size()
-    return min(height, max(1, (CPU_TILE_BYTES if in_cache else TILE_BYTES) // bytes_per_row))
 
 
 class ZeroInitializedConvolution(nn.Conv2d):
@@ -179,7 +169,7 @@ class AtrousBranch(nn.Module):
         self.bn = nn.BatchNorm2d(out_channels)
 
     def forward(self, hidden_states: torch.Tensor, fusion: torch.Tensor) -> torch.Tensor:
-        return F.conv2d(F.relu(convolve_and_normalize(hidden_states, self.atrous_conv, self.bn)), fusion)
+        return F.conv2d(F.relu(convolve_and_normalize([hidden_states], self.atrous_conv, self.bn)), fusion)
 
 
 class AtrousSpatialPyramidPooling(nn.Module):

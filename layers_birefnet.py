@@ -1,8 +1,33 @@
 """Operations that several parts of BiRefNet share."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+
+# What one tile of rows holds at its widest. On a CPU it should stay in the cache from one operation to the next, and
+# memory of this size is used again, where each larger piece is fetched anew from the system, page by page.
+CPU_TILE_BYTES = 4 * 2**20
+
+
+def tiles(number: int, width: int, like: torch.Tensor, elsewhere: int | None = None) -> list[slice]:
+    """
+    Cuts `number` rows of `width` elements, of the dtype and on the device of `like`, into tiles that fit a CPU's
+    cache. On other devices, and in a graph, where tiles would be unrolled, they have `elsewhere` bytes, or are one.
+    """
+    in_cache = like.device.type == "cpu" and not torch.compiler.is_compiling()
+    size = CPU_TILE_BYTES if in_cache else elsewhere
+    if size is None:
+        return [slice(0, number)]
+    step = max(1, size // (width * like.element_size()))
+    return [slice(first, min(first + step, number)) for first in range(0, number, step)]
+
+
+def concatenate(parts: list[torch.Tensor]) -> torch.Tensor:
+    """`torch.cat` along the first dimension, which copies nothing if there is one part."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def resize(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -30,12 +55,29 @@ def fold_batch_norm(
     return folded.to(weight.dtype), shift.to(weight.dtype)
 
 
-def convolve_and_normalize(hidden_states: torch.Tensor, convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> torch.Tensor:
-    """`norm(convolution(hidden_states))`, in one convolution where the norm uses its running statistics."""
+def convolve(parts: Sequence[torch.Tensor], weight, bias, **options) -> torch.Tensor:
+    """
+    The convolution of the concatenated `parts` (each (B, C_i, H, W)), as a sum over them: the concatenation, which is
+    wider than what comes of it, never exists.
+    """
+    first, *others = zip(parts, weight.split([part.shape[1] for part in parts], dim=1), strict=True)
+    output = F.conv2d(*first, bias, **options)
+    for part in others:
+        output = output + F.conv2d(*part, **options)
+    return output
+
+
+def convolve_and_normalize(
+    parts: Sequence[torch.Tensor], convolution: nn.Conv2d, norm: nn.BatchNorm2d
+) -> torch.Tensor:
+    """
+    `norm(convolution(torch.cat(parts, dim=1)))`, in one convolution of each part where the norm uses its running
+    statistics.
+    """
+    options = {"padding": convolution.padding, "dilation": convolution.dilation}
     if norm.training:
-        return norm(convolution(hidden_states))
-    weight, bias = fold_batch_norm(convolution.weight, convolution.bias, norm)
-    return F.conv2d(hidden_states, weight, bias, padding=convolution.padding, dilation=convolution.dilation)
+        return norm(convolve(parts, convolution.weight, convolution.bias, **options))
+    return convolve(parts, *fold_batch_norm(convolution.weight, convolution.bias, norm), **options)
 
 
 def image_laplacian(pixel_values: torch.Tensor) -> torch.Tensor:

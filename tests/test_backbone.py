@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from birefnet.repository import layers_birefnet
 from birefnet.repository.backbone_birefnet import (
     DropPath,
     PatchMerging,
     SwinBlock,
     SwinTransformer,
-    merge_windows,
-    partition_windows,
+    order_windows,
     relative_position_index,
 )
 from birefnet.repository.configuration_birefnet import BiRefNetConfig
@@ -25,18 +25,46 @@ def test_relative_position_index_equals_its_definition():
             assert index[query, key] == (rows + size - 1) * (2 * size - 1) + columns + size - 1
 
 
-def test_windows_are_cut_and_put_back():
-    hidden_states = torch.arange(2 * 4 * 6 * 3.0).view(2, 4, 6, 3)
-    windows = partition_windows(hidden_states, 2)
-    assert windows.shape == (12, 4, 3)
-    assert torch.equal(windows[1], hidden_states[0, :2, 2:4].reshape(4, 3))
-    assert torch.equal(merge_windows(windows, hidden_states), hidden_states)
+def partition_windows(hidden_states, size):
+    """(B, H, W, C) → (B·H/size·W/size, size², C)"""
+    batch, height, width, channels = hidden_states.shape
+    windows = hidden_states.view(batch, height // size, size, width // size, size, channels).transpose(2, 3)
+    return windows.reshape(-1, size * size, channels)
+
+
+def merge_windows(windows, shape):
+    """Undoes `partition_windows` for a map of `shape` (B, H, W, C)."""
+    batch, height, width, channels = shape
+    size = int(windows.shape[1] ** 0.5)
+    windows = windows.view(batch, height // size, width // size, size, size, channels)
+    return windows.transpose(2, 3).reshape(shape)
+
+
+def test_tokens_are_ordered_by_window():
+    order = order_windows((2, 4, 6), 2, 0, torch.zeros(()))
+    assert order.is_token is None and order.groups == [(12, None)]
+    assert order.tokens.view(12, 4)[1].tolist() == [2, 3, 8, 9]  # rows 0 and 1, columns 2 and 3 of the first map
+    assert order.tokens[order.places].tolist() == list(range(48))
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+@pytest.mark.parametrize("size", [(11, 14), (5, 10), (3, 4)])
+def test_every_token_has_one_place_and_the_rest_is_padding(shift, size):
+    order = order_windows((2, *size), 5, shift, torch.zeros(()))
+    numbers = torch.arange(2 * size[0] * size[1])
+    assert torch.equal(order.tokens[order.places], numbers)
+    real = numbers.new_zeros(len(order.tokens)).index_fill_(0, order.places, 1)
+    if order.is_token is None:
+        assert real.all()
+    else:
+        assert torch.equal(order.is_token.flatten(), real.float())
+    assert 25 * sum(number for number, _ in order.groups) == len(order.tokens)
 
 
 def attention_with_an_expanded_mask(block, hidden_states):
     """Shifted window attention as published: one mask for every window of the rolled map."""
     batch, height, width, dimension = hidden_states.shape
-    size, shift = block.window_size, block.shift
+    size, shift = block.attn.window_size, block.shift
     padded = F.pad(hidden_states, (0, 0, 0, -width % size, 0, -height % size))
     rows, columns = padded.shape[1:3]
     region = torch.zeros(1, rows, columns, 1)
@@ -51,23 +79,26 @@ def attention_with_an_expanded_mask(block, hidden_states):
     scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5 + block.attn.relative_position_bias()
     differ = (regions[:, :, None] != regions[:, None, :]).repeat(batch, 1, 1)
     attended = scores.masked_fill(differ[:, None], float("-inf")).softmax(-1) @ value
-    attended = block.attn.proj(attended.transpose(1, 2).reshape(number, size**2, dimension))
-    merged = torch.roll(merge_windows(attended, padded), (shift, shift), dims=(1, 2))
-    return merged[:, :height, :width]
+    merged = merge_windows(attended.transpose(1, 2).reshape(number, size**2, dimension), padded.shape)
+    return torch.roll(merged, (shift, shift), dims=(1, 2))[:, :height, :width]
 
 
 @pytest.mark.parametrize("shift", [0, 2])
 @pytest.mark.parametrize("size", [(11, 14), (5, 10), (3, 4)])
-def test_window_attention_equals_the_formulation_with_one_mask_per_window(shift, size):
+@pytest.mark.parametrize("tile", [layers_birefnet.CPU_TILE_BYTES, 1])
+def test_block_equals_the_formulation_with_one_mask_per_window(tile, shift, size, monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(layers_birefnet, "CPU_TILE_BYTES", tile)  # 1: one window, and one token, at a time
     config = BiRefNetConfig(attn_implementation="sdpa")
-    block = SwinBlock(config, dimension=64, num_heads=2, window_size=5, shift=shift, drop_path_rate=0.0)
+    block = SwinBlock(config, dimension=64, num_heads=2, window_size=5, shift=shift, drop_path_rate=0.0).eval()
     torch.nn.init.normal_(block.attn.relative_position_bias_table)
     hidden_states = torch.randn(2, *size, 64)
     with torch.no_grad():
-        found = block.attend_in_windows(hidden_states)
-        expected = attention_with_an_expanded_mask(block, hidden_states)
-    assert (found - expected).abs().max() < 1e-5
+        found = block(hidden_states.flatten(0, 2), order_windows((2, *size), 5, shift, hidden_states))
+        attended = attention_with_an_expanded_mask(block, block.norm1(hidden_states))
+        expected = hidden_states + block.attn.proj(attended)
+        expected = expected + block.mlp(block.norm2(expected))
+    assert (found.view_as(expected) - expected).abs().max() < 1e-5
 
 
 def test_patch_merging_pads_odd_sizes_and_orders_the_phases():
@@ -81,11 +112,11 @@ def test_patch_merging_pads_odd_sizes_and_orders_the_phases():
 def test_drop_path_keeps_the_expectation_and_is_off_in_evaluation():
     torch.manual_seed(0)
     module = DropPath(0.25)
-    dropped = module(torch.ones(4000, 2))
+    dropped = module(torch.ones(4000 * 3, 2), batch=4000).view(4000, 6)
     assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.75])
-    assert torch.equal(dropped[:, 0], dropped[:, 1])
+    assert torch.equal(dropped, dropped[:, :1].expand(-1, 6))  # a sample is dropped or kept as a whole
     assert dropped.mean().item() == pytest.approx(1, abs=0.05)
-    assert torch.equal(module.eval()(torch.ones(4, 2)), torch.ones(4, 2))
+    assert torch.equal(module.eval()(torch.ones(4, 2), batch=4), torch.ones(4, 2))
 
 
 def test_stochastic_depth_rises_linearly_over_the_blocks():

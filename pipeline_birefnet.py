@@ -1,6 +1,6 @@
 """The "background-removal" pipeline: a photo in, its subject on a transparent background (or the soft matte) out."""
 
-import os
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -49,9 +49,10 @@ class BiRefNetPipeline(Pipeline):
                 Photos, or their paths or URLs. The EXIF orientation is applied.
             return_mask (`bool`, *optional*, defaults to `False`):
                 Return the soft matte alone (mode L, 0 to 255) instead of the cut-out.
-            background (`str`, `tuple[int, int, int]` or `PIL.Image.Image`, *optional*):
+            background (`str`, `tuple[int, int, int]` or picture, *optional*):
                 `None` or `"transparent"` gives an RGBA cut-out; a colour (name, `"#rrggbb"` or a tuple of 0 to 255) or
-                a picture (scaled to cover the photo, and cropped) gives an RGB photo on that background.
+                a picture (of the same kinds as the photos; scaled to cover the photo, and cropped) gives an RGB photo
+                on that background.
             refine_foreground (`bool`, *optional*, defaults to `True`):
                 Estimate the subject's own colours where the matte is soft, which removes the old background's halo.
             threshold (`float`, *optional*), sensitivity (`float`, *optional*), grow (`int`, *optional*), feather
@@ -82,6 +83,8 @@ class BiRefNetPipeline(Pipeline):
         if unknown := postprocess_parameters.keys() - POSTPROCESS_ARGUMENTS:
             allowed = sorted(POSTPROCESS_ARGUMENTS | {"batch_size", "num_workers", "timeout"})
             raise TypeError(f"Unknown arguments {sorted(unknown)}; this pipeline takes {allowed}.")
+        if "background" in postprocess_parameters:  # read once, not for every photo
+            postprocess_parameters["background"] = load_background(postprocess_parameters["background"], timeout)
         return ({} if timeout is None else {"timeout": timeout}), {}, postprocess_parameters
 
     def run_single(self, inputs, preprocess_params, forward_params, postprocess_params):
@@ -123,21 +126,22 @@ class BiRefNetPipeline(Pipeline):
         colours = torch.from_numpy(np.array(outputs["photo"])).to(self.device).permute(2, 0, 1) / 255  # (3, H, W)
         if refine_foreground:
             colours = estimate_foreground(colours, matte)
-        return to_picture(composite(colours, matte, load_background(background)))
+        return to_picture(composite(colours, matte, background))
 
 
-def load_background(background) -> tuple[int, ...] | Image.Image | None:
-    """`None` for a transparent background, else what `composite` takes; reads paths and URLs."""
-    if background is None or background == "transparent":
-        return None
-    if isinstance(background, os.PathLike):
-        return load_photo(background)
+def load_background(background, timeout: float | None = None) -> tuple[int, ...] | Image.Image | None:
+    """`None` for a transparent background, else a colour or a picture; whatever `load_photo` takes is a picture."""
+    if background is None or isinstance(background, tuple | list):
+        return background
     if isinstance(background, str):
-        try:
+        if background == "transparent":
+            return None
+        with suppress(ValueError):
             return ImageColor.getrgb(background)[:3]
-        except ValueError:
-            return load_photo(background)
-    return background
+    try:
+        return load_photo(background, timeout=timeout)
+    except FileNotFoundError as error:
+        raise ValueError(f"background={background!r} is neither a colour nor the path or URL of a picture") from error
 
 
 def to_picture(pixels: torch.Tensor) -> Image.Image:

@@ -155,8 +155,18 @@ def test_backgrounds(remover, photo_path, tmp_path):
     beach = tmp_path / "beach.png"
     Image.new("RGB", (7, 7), (9, 99, 199)).save(beach)
     expected = pixels(remover(photo, background=(9, 99, 199)))
-    for background in (beach, str(beach), Image.open(beach)):
+    for background in (beach, str(beach), Image.open(beach), np.asarray(Image.open(beach)), beach.read_bytes()):
         assert np.abs(pixels(remover(photo, background=background)) - expected).max() <= 1
+
+
+def test_a_background_is_read_once_for_all_photos(remover, photo_path, monkeypatch):
+    from birefnet.repository import pipeline_birefnet
+
+    read = []
+    load_photo = pipeline_birefnet.load_photo
+    monkeypatch.setattr(pipeline_birefnet, "load_photo", lambda *a, **k: read.append(a[0]) or load_photo(*a, **k))
+    remover([draw(64, 64), draw(64, 64), draw(64, 64)], background=str(photo_path))
+    assert read.count(str(photo_path)) == 1
 
 
 def test_refining_changes_colours_only_and_mask_edits_are_applied(remover):
@@ -196,7 +206,7 @@ def test_wrong_arguments_are_named(remover, tmp_path):
         remover(photo, treshold=0.5)
     with pytest.raises(ValueError, match="between 0 and 1"):
         remover(photo, threshold=5)
-    with pytest.raises((ValueError, OSError), match="no-such-colour"):
+    with pytest.raises(ValueError, match="no-such-colour.*neither a colour nor"):
         remover(photo, background="no-such-colour")
     with pytest.raises((ValueError, OSError), match=r"missing\.jpg"):
         remover(str(tmp_path / "missing.jpg"))

@@ -126,7 +126,7 @@ class BiRefNetConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.id2label is None:
             self.id2label = {0: "background", 1: "foreground"}
-        self.label2id = {label: index for index, label in self.id2label.items()}
+        self.label2id = {label: int(index) for index, label in self.id2label.items()}  # keys are text in JSON
         # Never the entries of a repository that the configuration was read from: what is saved stands on its own.
         kwargs["auto_map"] = dict(AUTO_MAP)
         kwargs["custom_pipelines"] = {task: dict(entry) for task, entry in CUSTOM_PIPELINES.items()}

@@ -47,6 +47,7 @@ def test_round_trip_through_json(tmp_path):
     assert {field: getattr(loaded, field) for field in DEFAULTS} == {
         field: getattr(config, field) for field in DEFAULTS
     }
+    assert (loaded.id2label, loaded.label2id) == (config.id2label, config.label2id)
     written = json.loads((tmp_path / "config.json").read_text())
     assert set(written["auto_map"]) == {
         "AutoConfig",

@@ -11,7 +11,7 @@ from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 from transformers.utils import ModelOutput
 
 from .image_processing_birefnet import load_photo
-from .matting_birefnet import adjust_matte, composite, estimate_foreground
+from .matting_birefnet import adjust_matte, cut_out, to_bytes
 
 
 MATTE_EDITS = {"sensitivity", "threshold", "grow", "feather", "invert"}
@@ -122,11 +122,9 @@ class BiRefNetPipeline(Pipeline):
         matte = self.image_processor.post_process_alpha_matte(outputs, target_sizes=[outputs["target_size"]])[0]
         matte = adjust_matte(matte.to(self.device)[None], **matte_edits)  # (1, H, W)
         if return_mask:
-            return to_picture(matte)
-        colours = torch.from_numpy(np.array(outputs["photo"])).to(self.device).permute(2, 0, 1) / 255  # (3, H, W)
-        if refine_foreground:
-            colours = estimate_foreground(colours, matte)
-        return to_picture(composite(colours, matte, background))
+            return to_picture(to_bytes(matte))
+        photo = to_planes(outputs["photo"]).to(self.device)
+        return to_picture(cut_out(photo, matte, background, refine_foreground))
 
 
 def load_background(background, timeout: float | None = None) -> tuple[int, ...] | Image.Image | None:
@@ -144,7 +142,12 @@ def load_background(background, timeout: float | None = None) -> tuple[int, ...]
         raise ValueError(f"background={background!r} is neither a colour nor the path or URL of a picture") from error
 
 
-def to_picture(pixels: torch.Tensor) -> Image.Image:
-    """(channels, H, W) in [0, 1] to a PIL image: L for one channel, RGB for three, RGBA for four."""
-    pixels = pixels.mul(255).round_().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    return Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else np.ascontiguousarray(pixels))
+def to_planes(picture: Image.Image) -> torch.Tensor:
+    """A PIL image to bytes (channels, H, W)."""
+    return torch.from_numpy(np.stack([np.asarray(plane) for plane in picture.split()]))
+
+
+def to_picture(planes: torch.Tensor) -> Image.Image:
+    """Bytes (channels, H, W) to a PIL image: L for one channel, RGB for three, RGBA for four."""
+    pictures = [Image.fromarray(plane) for plane in planes.cpu().numpy()]
+    return pictures[0] if len(pictures) == 1 else Image.merge("RGBA"[: len(pictures)], pictures)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from birefnet.repository.matting_birefnet import adjust_matte, composite, estimate_foreground
+from birefnet.repository.matting_birefnet import adjust_matte, cut_out, estimate_foreground
 
 
 def random_photo(*shape, seed=0, dtype=torch.float32):
@@ -60,14 +60,14 @@ def test_foreground_of_photos_smaller_than_the_box(size, boxes):
     torch.testing.assert_close(estimate_foreground(image, alpha, boxes), expected, atol=1e-5, rtol=0)
 
 
-def test_foreground_in_bands_equals_the_foreground_in_one_piece(monkeypatch):
+def test_foreground_in_tiles_equals_the_foreground_in_one_piece(monkeypatch):
     image, alpha = random_photo(2, 3, 150, 20), random_photo(2, 1, 150, 20, seed=1)
     whole = estimate_foreground(image, alpha, (9, 4))
-    monkeypatch.setitem(estimate_foreground.__globals__, "_PIXELS_PER_BAND", 1)
+    monkeypatch.setitem(estimate_foreground.__globals__, "_TILE_SIDE", 1)
     torch.testing.assert_close(estimate_foreground(image, alpha, (9, 4)), whole, atol=1e-6, rtol=0)
 
 
-def test_foreground_takes_no_longer_for_larger_boxes():
+def test_foreground_takes_hardly_longer_for_larger_boxes():
     image, alpha = random_photo(3, 400, 400), random_photo(1, 400, 400, seed=1)
 
     def seconds(box):
@@ -75,7 +75,7 @@ def test_foreground_takes_no_longer_for_larger_boxes():
         estimate_foreground(image, alpha, (box,))
         return time.process_time() - start
 
-    assert min(seconds(160) for _ in range(5)) < 4 * min(seconds(4) for _ in range(5))  # sums of windows: 40 times
+    assert min(seconds(160) for _ in range(5)) < 8 * min(seconds(4) for _ in range(5))  # window by window: 1600 times
 
 
 def test_foreground_is_exact_where_the_matte_is_almost_empty():
@@ -217,41 +217,83 @@ def test_adjust_matte_refuses_bytes_and_lines():
         adjust_matte(torch.zeros(4))
 
 
-def test_composite_on_transparent_keeps_colours_and_matte():
-    image, alpha = random_photo(2, 3, 5, 4), random_photo(2, 1, 5, 4, seed=1)
-    result = composite(image, alpha)
-    assert torch.equal(result, torch.cat([image, alpha], dim=1))
+def draw_photo(height, width, seed=0):
+    """Bytes (3, H, W)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+
+
+def draw_disc(height, width, softness):
+    """A matte (1, H, W) that is exactly 0 and 1 but for an edge of so many pixels."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    distance = torch.hypot(rows - 0.45 * height, columns - 0.3 * width)
+    return ((0.25 * height - distance) / softness + 0.5).clamp(0, 1)[None]
+
+
+@pytest.mark.parametrize("softness", [1, 12])
+@pytest.mark.parametrize("tile_side", [16, 128])
+def test_cut_out_has_the_estimated_colours_wherever_something_shows(softness, tile_side, monkeypatch):
+    monkeypatch.setitem(cut_out.__globals__, "_TILE_SIDE", tile_side)
+    photo, alpha = draw_photo(330, 410), draw_disc(330, 410, softness)
+    result = cut_out(photo, alpha)
+    assert result.dtype == torch.uint8 and result.shape == (4, 330, 410)
+    assert torch.equal(result[3:], (alpha * 255).round().to(torch.uint8))
+    visible = (result[3] > 0).expand(3, -1, -1)
+    difference = result[:3] - 255 * estimate_foreground(photo / 255, alpha)
+    assert difference[visible].abs().max() <= 0.5 + 0.05  # the rounding to bytes, and the tolerance of the colours
+    assert torch.equal(result[:3][(alpha == 1).expand(3, -1, -1)], photo[(alpha == 1).expand(3, -1, -1)])
+
+
+def test_cut_out_computes_colours_in_few_tiles_of_a_clear_matte(monkeypatch):
+    computed = []
+    compute = cut_out.__globals__["_foreground_of_tile"]
+    monkeypatch.setitem(
+        cut_out.__globals__, "_foreground_of_tile", lambda *arguments: computed.append(1) or compute(*arguments)
+    )
+    monkeypatch.setitem(cut_out.__globals__, "_TILE_SIDE", 100)
+    cut_out(draw_photo(1000, 1000), draw_disc(1000, 1000, 3))
+    assert 10 <= len(computed) <= 30  # of 100: the circle is 1570 pixels long
+    computed.clear()
+    cut_out(draw_photo(300, 300), torch.ones(1, 300, 300))
+    assert not computed
+
+
+@pytest.mark.parametrize("background", [None, "white"])
+def test_cut_out_without_refinement_keeps_the_photos_colours(background):
+    photo, alpha = draw_photo(60, 50), draw_disc(60, 50, 10)
+    result = cut_out(photo, alpha, background, refine_foreground=False)
+    if background is None:
+        assert torch.equal(result[:3], photo)
+    else:
+        expected = alpha * photo + (1 - alpha) * 255
+        assert (result - expected).abs().max() <= 0.501
 
 
 @pytest.mark.parametrize("colour", ["#ff8000", "rgb(255, 128, 0)", (255, 128, 0)])
-def test_composite_on_a_colour(colour):
-    image, alpha = random_photo(2, 3, 5, 4), random_photo(2, 1, 5, 4, seed=1)
-    expected = alpha * image + (1 - alpha) * torch.tensor([1, 128 / 255, 0]).view(3, 1, 1)
-    torch.testing.assert_close(composite(image, alpha, colour), expected)
+def test_cut_out_on_a_colour(colour):
+    photo, alpha = draw_photo(300, 200), draw_disc(300, 200, 10)
+    foreground = 255 * estimate_foreground(photo / 255, alpha)
+    expected = alpha * foreground + (1 - alpha) * torch.tensor([255.0, 128, 0]).view(3, 1, 1)
+    result = cut_out(photo, alpha, colour)
+    assert result.dtype == torch.uint8
+    assert (result - expected).abs().max() <= 0.5 + 0.05
 
 
-def test_composite_on_a_picture_covers_and_crops_the_middle():
+def test_cut_out_on_a_picture_covers_and_crops_the_middle():
     picture = Image.new("RGB", (90, 30), "black")
     picture.paste("white", (30, 0, 60, 30))  # the middle third is white
-    result = composite(torch.zeros(3, 20, 20), torch.zeros(1, 20, 20), picture)
+    result = cut_out(draw_photo(20, 20), torch.zeros(1, 20, 20), picture)
     assert result.shape == (3, 20, 20)
-    torch.testing.assert_close(result[:, :, 2:-2], torch.ones(3, 20, 16))
-    tall = composite(torch.zeros(3, 20, 20), torch.zeros(1, 20, 20), picture.rotate(90, expand=True))
-    torch.testing.assert_close(tall, result.transpose(-1, -2))
+    assert result[:, :, 2:-2].eq(255).all()
+    tall = cut_out(draw_photo(20, 20), torch.zeros(1, 20, 20), picture.rotate(90, expand=True))
+    assert torch.equal(tall, result.transpose(-1, -2))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 50), (33, 12)])
-def test_composite_on_a_tensor_of_any_size(size):
-    image, alpha = random_photo(2, 3, 16, 11), random_photo(2, 1, 16, 11, seed=1)
-    result = composite(image, alpha, torch.full((3, *size), 0.25))
-    torch.testing.assert_close(result, alpha * image + (1 - alpha) * 0.25)
-
-
-def test_composite_gradient():
-    image = (0.1 + 0.8 * random_photo(3, 4, 5, dtype=torch.float64)).requires_grad_()
-    alpha = (0.1 + 0.8 * random_photo(1, 4, 5, seed=1, dtype=torch.float64)).requires_grad_()
-    background = (0.1 + 0.8 * random_photo(3, 6, 3, seed=2, dtype=torch.float64)).requires_grad_()
-    assert torch.autograd.gradcheck(composite, (image, alpha, background))
+def test_cut_out_on_a_tensor_of_any_size(size):
+    photo, alpha = draw_photo(16, 11), random_photo(1, 16, 11, seed=1)
+    expected = alpha * 255 * estimate_foreground(photo / 255, alpha) + (1 - alpha) * 255 * 0.25
+    assert (cut_out(photo, alpha, torch.full((3, *size), 0.25)) - expected).abs().max() <= 0.5 + 0.05
 
 
 @pytest.mark.parametrize(
@@ -266,6 +308,21 @@ def test_composite_gradient():
         (torch.full((3, 4, 4), 200.0), ValueError, "200"),
     ],
 )
-def test_composite_refuses(background, error, message):
+def test_cut_out_refuses_backgrounds(background, error, message):
     with pytest.raises(error, match=message):
-        composite(torch.zeros(3, 4, 4), torch.zeros(1, 4, 4), background)
+        cut_out(draw_photo(4, 4), torch.zeros(1, 4, 4), background)
+
+
+@pytest.mark.parametrize(
+    ("photo", "alpha", "error", "message"),
+    [
+        (torch.zeros(3, 4, 4), torch.zeros(1, 4, 4), TypeError, "bytes.*float32"),
+        (np.zeros((3, 4, 4), np.uint8), torch.zeros(1, 4, 4), TypeError, "ndarray"),
+        (draw_photo(4, 4), torch.zeros(1, 4, 5), ValueError, r"\(1, 4, 4\).*\(1, 4, 5\)"),
+        (draw_photo(4, 4)[None], torch.zeros(1, 1, 4, 4), ValueError, r"\(1, 3, 4, 4\)"),
+        (draw_photo(4, 4), torch.full((1, 4, 4), 1.5), ValueError, "1.5"),
+    ],
+)
+def test_cut_out_refuses(photo, alpha, error, message):
+    with pytest.raises(error, match=message):
+        cut_out(photo, alpha)

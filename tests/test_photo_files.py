@@ -144,6 +144,35 @@ def test_colours_under_transparent_pixels_are_not_written():
         assert np.array_equal(pixels[:, 8:], np.asarray(picture)[:, 8:]), "what is seen is kept exactly"
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+@pytest.mark.parametrize("size", [(1, 1), (7, 3), (301, 200)])
+def test_pngs_hold_every_pixel(mode, size):
+    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], len(mode)), dtype=np.uint8)
+    pixels[pixels[..., -1] == 0] = 0
+    encoded = encode_picture(Image.fromarray(pixels.squeeze(-1) if mode == "L" else pixels), "png", {})
+    with Image.open(io.BytesIO(encoded)) as picture:
+        picture.verify()  # the checksums
+    picture = Image.open(io.BytesIO(encoded))
+    assert (picture.format, picture.mode, picture.size) == ("PNG", mode, size)
+    assert np.array_equal(np.asarray(picture).reshape(pixels.shape), pixels)
+
+
+def test_pngs_are_about_as_small_as_pillows():
+    noise = np.random.default_rng(0).standard_normal((400, 600, 3)) * 3
+    picture = Image.fromarray((draw(600, 400) + noise).clip(0, 255).astype(np.uint8))
+    by_pillow = io.BytesIO()
+    picture.save(by_pillow, "PNG", compress_level=1)
+    assert len(encode_picture(picture, "png", {})) < 1.1 * by_pillow.tell()
+
+
+def test_an_impossible_print_resolution_costs_no_photo(tmp_path):
+    for name, resolution in (("a.tif", (0, 0)), ("b.tif", (300, 300))):
+        save(tmp_path / name, dpi=resolution)
+    impossible, usual = (read_photo(source(tmp_path / name)).encoder_options for name in ("a.tif", "b.tif"))
+    assert impossible == {} and tuple(map(float, usual["dpi"])) == (300, 300)
+    encode_picture(draw(8, 8), "png", usual)
+
+
 def test_results_keep_the_colour_profile_and_masks_do_not():
     options = {"icc_profile": b"profile", "dpi": (300, 300)}
     picture = Image.open(io.BytesIO(encode_picture(draw(8, 8), "png", options)))

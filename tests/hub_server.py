@@ -375,8 +375,7 @@ class _Handler(BaseHTTPRequestHandler):
     def validate_yaml(self):
         content = self.read_json()["content"]
         try:
-            metadata = yaml.safe_load(content.split("---")[1])
-            errors = [] if isinstance(metadata, dict) and "license" in metadata else ["no license"]
+            errors = [] if isinstance(yaml.safe_load(content.split("---")[1]), dict) else ["no metadata"]
         except (yaml.YAMLError, IndexError) as error:
             errors = [str(error)]
         status = 400 if errors else 200

@@ -15,6 +15,8 @@ from PIL import Image
 import birefnet
 from birefnet import repository_folder
 
+from .hub_server import LoopbackHub
+
 
 ROOT = repository_folder()
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -71,6 +73,29 @@ print(json.dumps({{"type": config.model_type, "dtype": str(models[0].dtype), "sh
     assert report["dtype"] == "torch.float32"
     messages = re.sub(r"Loading weights:[^\r\n]*", "", process.stderr).strip()
     assert messages == ""
+
+
+def test_what_transformers_pushes_runs_from_the_hub(tiny_model_folder, tmp_path, photo):
+    """`push_to_hub` of model and processor carries the code: a process with empty caches needs nothing else."""
+    push = f"""
+from transformers import AutoImageProcessor, AutoModelForImageSegmentation
+for auto_class in (AutoModelForImageSegmentation, AutoImageProcessor):
+    auto_class.from_pretrained({str(tiny_model_folder)!r}, trust_remote_code=True).push_to_hub("author/net")
+"""
+    cut_out = f"""
+import sys
+from transformers import pipeline
+remove_background = pipeline(model=sys.argv[1], trust_remote_code=True, device="cpu")
+remove_background({str(photo)!r}).save(sys.argv[2])
+"""
+    with LoopbackHub(tmp_path / "hub") as hub:
+        run(sys.executable, "-c", push, folder=tmp_path, **hub.environment(tmp_path / "author"))
+        results = []
+        for number, source in enumerate(("author/net", tiny_model_folder)):
+            environment = hub.environment(tmp_path / f"user{number}")
+            run(sys.executable, "-c", cut_out, source, f"{number}.png", folder=tmp_path, **environment)
+            results.append(Image.open(tmp_path / f"{number}.png"))
+    assert results[0].mode == "RGBA" and results[0].tobytes() == results[1].tobytes()
 
 
 def test_is_importable_as_a_package(tmp_path):

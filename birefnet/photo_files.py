@@ -10,7 +10,6 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
 
@@ -200,6 +199,8 @@ def _encode_png(
     A PNG of mode L, RGB or RGBA (https://www.w3.org/TR/png-3/): as small as Pillow's at this level in half the time,
     which Pillow spends on trying all five filters on every row. Here every row is its difference to the row above.
     """
+    import numpy as np  # not at the top: `birefnet --help` has to answer at once
+
     rows = np.asarray(picture).reshape(picture.height, -1)
     filtered = np.empty((rows.shape[0], rows.shape[1] + 1), np.uint8)
     filtered[:, 0] = 2  # the filter "up"

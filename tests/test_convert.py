@@ -137,15 +137,8 @@ def test_an_own_folder_keeps_its_configuration_and_processor(tiny_model_folder, 
 # The layout of before 2 May 2024
 
 
-class NoPatches(nn.Module):
-    """The old network's first stage sees no image."""
-
-    def forward(self, patches):
-        return patches[:, :0]
-
-
 class NoGate(nn.Module):
-    """Nor does its output pass a gate: one that is wide open."""
+    """The output of the old network's first stage passes no gate: one that is wide open."""
 
     def forward(self, features):
         return torch.full_like(features[:, :1], torch.inf)
@@ -165,7 +158,10 @@ def old_network(config, seed):
     first = decoder.decoder_block4.conv_in
     patches = decoder.ipt_blk5.conv_out.out_channels
     decoder.decoder_block4.conv_in = nn.Conv2d(first.in_channels - patches, first.out_channels, 3, padding=1)
-    decoder.ipt_blk5, decoder.gdt_convs_attn_4 = NoPatches(), NoGate()
+    see_source = decoder.see_source  # but not in the first stage
+    decoder.see_source = lambda maps, image, level: [] if level == 5 else see_source(maps, image, level)
+    decoder.gdt_convs_attn_4 = NoGate()
+    del decoder.ipt_blk5
     for name, value in model.state_dict().items():
         if value.is_floating_point():
             value.copy_(torch.rand_like(value) + 0.5 if "running_var" in name else 0.3 * torch.randn_like(value))

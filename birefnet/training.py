@@ -285,6 +285,8 @@ def train(arguments: argparse.Namespace) -> dict[str, float | str]:
     trainer.save_state()
     if arguments.push_to_hub and trainer.args.should_save:
         _push(arguments)
+    # A process that leaves with its connections to the others open can be aborted on the way out.
+    trainer.accelerator.end_training()
     measured = {"mae_before": best.mae_before(trainer.state), "mae": trainer.state.best_metric}
     return {"model": str(arguments.output), **{name: value for name, value in measured.items() if value is not None}}
 

@@ -297,7 +297,7 @@ def test_ctrl_c_leaves_whole_results_only(tiny_model_folder, tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     try:
-        # The pipe holds a part of the results' names: the command waits for us and cannot have ended before the signal.
+        # The pipe holds some of the results' names: the command waits for us and cannot have ended before the signal.
         fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)
         for _ in range(3):
             assert process.stdout.readline().startswith(str(out))

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature, get_size_dict
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ChannelDimension
 
-from .matting_birefnet import estimate_foreground
+from .matting_birefnet import estimate_foreground, guided_upsampling, to_planes
 
 
 # torch's name of each PIL filter that it has an equal of.
@@ -203,6 +203,7 @@ class BiRefNetImageProcessorKwargs(TypedDict, total=False):
     do_normalize: bool
     image_mean: list[float]
     image_std: list[float]
+    do_guided_upsampling: bool
 
 
 class BiRefNetImageProcessor(BaseImageProcessor):
@@ -232,6 +233,9 @@ class BiRefNetImageProcessor(BaseImageProcessor):
             standard deviation.
         image_mean (`list[float]`, *optional*): Mean of each channel; ImageNet's if not given.
         image_std (`list[float]`, *optional*): Standard deviation of each channel; ImageNet's if not given.
+        do_guided_upsampling (`bool`, *optional*, defaults to `False`): Whether mattes follow the photo's edges where
+            it is larger than the network's input (`guided_upsampling`), for networks with a small one. The official
+            result is without.
 
     Raises:
         ValueError: A setting is impossible.
@@ -267,6 +271,7 @@ class BiRefNetImageProcessor(BaseImageProcessor):
         do_normalize: bool = True,
         image_mean: list[float] | None = None,
         image_std: list[float] | None = None,
+        do_guided_upsampling: bool = False,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -282,6 +287,7 @@ class BiRefNetImageProcessor(BaseImageProcessor):
         self.do_normalize = do_normalize
         self.image_mean = list(image_mean if image_mean is not None else IMAGENET_DEFAULT_MEAN)
         self.image_std = list(image_std if image_std is not None else IMAGENET_DEFAULT_STD)
+        self.do_guided_upsampling = do_guided_upsampling
         self._check_settings()
 
     def _check_settings(self) -> None:
@@ -435,7 +441,9 @@ class BiRefNetImageProcessor(BaseImageProcessor):
             groups.setdefault(tuple(image.shape), []).append(index)
         return [(indices, torch.stack([pixel_values[index] for index in indices])) for indices in groups.values()]
 
-    def post_process_alpha_matte(self, outputs: Any, target_sizes: Any = None) -> list[torch.Tensor]:
+    def post_process_alpha_matte(
+        self, outputs: Any, target_sizes: Any = None, photos: Any = None
+    ) -> list[torch.Tensor]:
         """
         The network's output as mattes at the photos' size.
 
@@ -446,12 +454,16 @@ class BiRefNetImageProcessor(BaseImageProcessor):
             outputs (`BiRefNetImageSegmentationOutput` or mapping): Has `logits` of shape (B, 1, H, W).
             target_sizes (`list[tuple[int, int]]` or tensor of shape (B, 2), *optional*):
                 (height, width) of each photo; the network's size if not given.
+            photos (*optional*):
+                The photos, of the kinds that `load_photo` takes, which `do_guided_upsampling` needs. Without them
+                mattes are resized alone.
 
         Returns:
             `list[torch.Tensor]`: A float32 matte (height, width) in [0, 1] for each image, on the logits' device.
 
         Raises:
-            ValueError: The logits' shape is another, or there is not one pair of positive target sizes per image.
+            ValueError: The logits' shape is another, or there is not one pair of positive target sizes, or one photo,
+                per image.
         """
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs.logits
         if logits.ndim != 4 or logits.shape[1] != 1:
@@ -464,10 +476,24 @@ class BiRefNetImageProcessor(BaseImageProcessor):
             raise ValueError(f"got {len(target_sizes)} target sizes for {len(mattes)} images: one is needed for each")
         if any(len(size) != 2 or min(size) < 1 for size in target_sizes):
             raise ValueError(f"`target_sizes` must be (height, width) in positive pixels, got {target_sizes}")
+        if photos is not None and self.do_guided_upsampling:
+            photos = _as_list(photos)
+            if len(photos) != len(mattes):
+                raise ValueError(f"got {len(photos)} photos for {len(mattes)} images: one is needed for each")
+            mattes = [self._guided(*pair) for pair in zip(mattes, photos, strict=True)]
         return [
             F.interpolate(matte[None], size=size, mode="bilinear", antialias=True)[0, 0].clamp_(0, 1)
             for matte, size in zip(mattes, target_sizes, strict=True)
         ]
+
+    def _guided(self, matte: torch.Tensor, photo: Any) -> torch.Tensor:
+        """The matte (1, h, w) at the photo's size and with its edges, if the photo is larger than the matte."""
+        photo = load_photo(photo)
+        height, width = matte.shape[-2:]
+        if photo.height * photo.width <= height * width:
+            return matte
+        small = photo.resize((width, height), self.resample)
+        return guided_upsampling(matte[0], *(to_planes(picture).to(matte.device) for picture in (small, photo)))[None]
 
     def post_process_semantic_segmentation(
         self, outputs: Any, target_sizes: Any = None, threshold: float = 0.5

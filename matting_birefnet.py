@@ -145,6 +145,11 @@ def _check_photo_and_alpha(photo: torch.Tensor, alpha: torch.Tensor) -> None:
     _check_shapes("photo", photo, alpha)
 
 
+def to_planes(picture: Image.Image) -> torch.Tensor:
+    """A PIL image to bytes (channels, H, W)."""
+    return torch.from_numpy(np.stack([np.asarray(plane) for plane in picture.split()]))
+
+
 def to_bytes(pixels: torch.Tensor) -> torch.Tensor:
     """Floating point in [0, 1] to bytes."""
     return pixels.mul(255).round_().to(torch.uint8)
@@ -235,6 +240,84 @@ def _maximum_along(image: torch.Tensor, reach: int, row_step: int, column_step: 
         image = torch.maximum(image[..., :rows, :columns], image[..., shift * row_step :, shift * column_step :])
         window += shift
     return image
+
+
+def guided_upsampling(
+    matte: torch.Tensor, small_photo: torch.Tensor, photo: torch.Tensor, radius: int = 2, epsilon: float = 1e-4
+) -> torch.Tensor:
+    """
+    A matte at the size of the photo, with the photo's own edges: the fast guided filter of He and Sun
+    (https://arxiv.org/abs/1505.00996) with the colour photo as guide.
+
+    Where the matte is small it is written, window by window, as a linear function of the three colours (least squares,
+    `epsilon` keeping the slopes small in flat windows). These functions vary slowly, so they are what is resized, and
+    are then applied to the colours of the large photo.
+
+    Args:
+        matte (`torch.Tensor` of shape `(h, w)`): Matte in [0, 1], float32.
+        small_photo (`torch.Tensor` of shape `(3, h, w)`): The photo at the matte's size, in bytes.
+        photo (`torch.Tensor` of shape `(3, height, width)`): The photo itself, in bytes, on the matte's device.
+        radius (`int`, *optional*, defaults to 2): A window has 2 · radius + 1 pixels of the matte to a side.
+        epsilon (`float`, *optional*, defaults to 1e-4): Variance of the colours (of 0 to 1) below which they guide
+            little.
+
+    Returns:
+        `torch.Tensor` of shape `(height, width)`, float32 in [0, 1].
+
+    Raises:
+        ValueError: The photo at the matte's size has another size.
+    """
+    if small_photo.shape[1:] != matte.shape:
+        raise ValueError(
+            f"`small_photo` must have the matte's size {tuple(matte.shape)}, got {tuple(small_photo.shape[1:])}"
+        )
+    functions = _functions_of_colour(matte, small_photo / 255, radius, epsilon)  # (4, h, w)
+    height, width = photo.shape[-2:]
+    step, bands = max(_PIXELS_PER_BAND // width, 1), []
+    for top in range(0, height, step):
+        colours = photo[:, top : top + step] / 255
+        band = _rows_resized(functions, slice(top, top + colours.shape[1]), height)  # (4, rows, w)
+        band = F.interpolate(band[None], size=colours.shape[1:], mode="bilinear")[0]
+        bands.append((band[:3] * colours).sum(0).add_(band[3]).clamp_(0, 1))
+    return torch.cat(bands)
+
+
+def _functions_of_colour(matte: torch.Tensor, photo: torch.Tensor, radius: int, epsilon: float) -> torch.Tensor:
+    """Slopes along red, green and blue, and the constant, of the function of each pixel: (4, h, w)."""
+
+    def mean(maps: torch.Tensor) -> torch.Tensor:  # of the windows' part inside the picture
+        return F.avg_pool2d(maps[None], 2 * radius + 1, 1, radius, count_include_pad=False)[0]
+
+    photo_mean, matte_mean = mean(photo), mean(matte[None])[0]
+    covariance = mean(photo * matte) - photo_mean * matte_mean  # (3, h, w)
+    variance = mean((photo[:, None] * photo).flatten(0, 1)).unflatten(0, (3, 3)) - photo_mean[:, None] * photo_mean
+    variance.diagonal().add_(epsilon)
+    slopes = _solve(variance, covariance)
+    constant = matte_mean - (slopes * photo_mean).sum(0)
+    return mean(torch.cat([slopes, constant[None]]))
+
+
+def _solve(matrices: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """
+    x of A x = b at each pixel, for symmetric positive definite A (n, n, h, w) and b (n, h, w), by elimination, which
+    keeps its digits without pivots for such A. `torch.linalg.solve` goes matrix by matrix, a hundred times slower.
+    """
+    rows = [torch.cat([row, value[None]]) for row, value in zip(matrices, vectors, strict=True)]  # (n + 1, h, w) each
+    for i in range(len(rows)):
+        pivot = rows[i] / rows[i][i]
+        rows = [pivot if j == i else row - row[i] * pivot for j, row in enumerate(rows)]
+    return torch.stack([row[-1] for row in rows])
+
+
+def _rows_resized(maps: torch.Tensor, rows: slice, height: int) -> torch.Tensor:
+    """The given rows of maps (..., h, w) resized bilinearly to `height` rows: (..., number of rows, w)."""
+    size = maps.shape[-2]
+    centres = torch.arange(rows.start, rows.stop, dtype=maps.dtype, device=maps.device) + 0.5
+    places = (centres * (size / height) - 0.5).clamp(0, size - 1)
+    upper = places.floor().long()
+    lower = (upper + 1).clamp(max=size - 1)
+    share = (places - upper).unsqueeze(-1)
+    return torch.lerp(maps.index_select(-2, upper), maps.index_select(-2, lower), share)
 
 
 def _grow(alpha: torch.Tensor, pixels: int) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from contextlib import suppress
 
-import numpy as np
 import torch
 from PIL import Image, ImageColor
 from torch.utils.data import DataLoader
@@ -11,7 +10,7 @@ from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 from transformers.utils import ModelOutput
 
 from .image_processing_birefnet import load_photo
-from .matting_birefnet import adjust_matte, cut_out, to_bytes
+from .matting_birefnet import adjust_matte, cut_out, to_bytes, to_planes
 
 
 MATTE_EDITS = {"sensitivity", "threshold", "grow", "feather", "invert"}
@@ -119,7 +118,8 @@ class BiRefNetPipeline(Pipeline):
         self, outputs, return_mask=False, background=None, refine_foreground=True, **matte_edits
     ) -> Image.Image:
         """Logits to the matte at the photo's size, and on to the picture that was asked for."""
-        matte = self.image_processor.post_process_alpha_matte(outputs, target_sizes=[outputs["target_size"]])[0]
+        sizes, photos = [outputs["target_size"]], [outputs["photo"]]
+        matte = self.image_processor.post_process_alpha_matte(outputs, target_sizes=sizes, photos=photos)[0]
         matte = adjust_matte(matte.to(self.device)[None], **matte_edits)  # (1, H, W)
         if return_mask:
             return to_picture(to_bytes(matte))
@@ -140,11 +140,6 @@ def load_background(background, timeout: float | None = None) -> tuple[int, ...]
         return load_photo(background, timeout=timeout)
     except FileNotFoundError as error:
         raise ValueError(f"background={background!r} is neither a colour nor the path or URL of a picture") from error
-
-
-def to_planes(picture: Image.Image) -> torch.Tensor:
-    """A PIL image to bytes (channels, H, W)."""
-    return torch.from_numpy(np.stack([np.asarray(plane) for plane in picture.split()]))
 
 
 def to_picture(planes: torch.Tensor) -> Image.Image:

@@ -79,7 +79,7 @@ class _Stages:
         self.picture_format = picture_format
         self.overwrite = overwrite
         self.options = options
-        # A mask needs no more of a photo than the network sees; a cut-out needs all of its pixels.
+        # A mask of its own needs no more of a photo than the network sees; all else needs all of its pixels.
         self.sufficient_side = _draft_side(remover.image_processor) if options.get("return_mask") else None
 
     def decode(self, job: Job) -> _PhotoInWork:
@@ -137,7 +137,7 @@ def _draft_side(image_processor) -> int | None:
     Side from which on a photo holds all that a fixed-size processor keeps of it: twice the network's, from which on a
     JPEG decoded at reduced size reaches the network less than one gray level (mean) away from the full one.
     """
-    if image_processor.do_dynamic_resize:
+    if image_processor.do_dynamic_resize or image_processor.do_guided_upsampling:
         return None
     return 2 * max(image_processor.size["height"], image_processor.size["width"])
 

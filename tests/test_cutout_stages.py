@@ -18,7 +18,9 @@ class PretendedRemover:
     """Takes photos as `BiRefNetPipeline` does; its network refuses batches with a photo of one given width."""
 
     def __init__(self, refused_width=None):
-        self.image_processor = SimpleNamespace(do_dynamic_resize=False, size={"height": 64, "width": 64})
+        self.image_processor = SimpleNamespace(
+            do_dynamic_resize=False, do_guided_upsampling=False, size={"height": 64, "width": 64}
+        )
         self.refused_width = refused_width
         self.batches = []
         self.threads = {"preprocess": set(), "forward": set(), "postprocess": set()}

@@ -19,6 +19,7 @@ from PIL import Image
 
 import birefnet
 from birefnet.repository.image_processing_birefnet import BiRefNetImageProcessor, load_photo
+from birefnet.repository.matting_birefnet import guided_upsampling
 
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -506,6 +507,27 @@ def test_mattes_are_the_sigmoid_resized_as_pil_does(processor, size):
     matte = Image.fromarray(outputs.logits[0, 0].sigmoid().numpy())
     expected = np.array(matte.resize(size[::-1], Image.Resampling.BILINEAR))
     assert np.abs(processor.post_process_alpha_matte(outputs, [size])[0].numpy() - expected).max() < 1e-5
+
+
+def test_mattes_follow_larger_photos_where_the_processor_is_told_to(processor):
+    outputs, sizes = outputs_of(3, 1, 32, 64), [(70, 90), (20, 30), (70, 90)]
+    noise = np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)
+    photos = [Image.fromarray(noise), Image.fromarray(noise[:20, :30]), noise]
+    guided = BiRefNetImageProcessor(**{**processor.to_dict(), "do_guided_upsampling": True})
+    plain = processor.post_process_alpha_matte(outputs, sizes)
+    mattes = guided.post_process_alpha_matte(outputs, sizes, photos)
+    planes = torch.from_numpy(noise).permute(2, 0, 1)
+    small = torch.from_numpy(np.array(photos[0].resize((64, 32), Image.Resampling.BILINEAR))).permute(2, 0, 1)
+    assert torch.equal(mattes[0], guided_upsampling(outputs.logits[0, 0].sigmoid(), small, planes))
+    assert torch.equal(mattes[1], plain[1])  # a smaller photo has no finer edges
+    assert not torch.equal(mattes[2], plain[2])
+    for unguided in (
+        guided.post_process_alpha_matte(outputs, sizes),
+        processor.post_process_alpha_matte(outputs, sizes, photos),
+    ):
+        assert all(torch.equal(*pair) for pair in zip(unguided, plain, strict=True))
+    with pytest.raises(ValueError, match="2 photos for 3 images"):
+        guided.post_process_alpha_matte(outputs, sizes, photos[:2])
 
 
 def test_mattes_without_target_sizes_and_from_mappings(processor):

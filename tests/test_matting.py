@@ -8,11 +8,29 @@ import pytest
 import torch
 from PIL import Image
 
-from birefnet.repository.matting_birefnet import adjust_matte, cut_out, estimate_foreground
+from birefnet.repository.matting_birefnet import (
+    adjust_matte,
+    cut_out,
+    estimate_foreground,
+    guided_upsampling,
+)
 
 
 def random_photo(*shape, seed=0, dtype=torch.float32):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def draw_photo(height, width, seed=0):
+    """Bytes (3, H, W)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+
+
+def draw_disc(height, width, softness):
+    """A matte (1, H, W) that is exactly 0 and 1 but for an edge of so many pixels."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    distance = torch.hypot(rows - 0.45 * height, columns - 0.3 * width)
+    return ((0.25 * height - distance) / softness + 0.5).clamp(0, 1)[None]
 
 
 def slow_box_mean(image, box):
@@ -130,6 +148,69 @@ def test_foreground_refuses(arguments, error, message):
         estimate_foreground(*arguments)
 
 
+def slow_guided_upsampling(matte, small_photo, photo, radius, epsilon):
+    """Window by window, each a least-squares fit of the matte by colour in float64."""
+    height, width = matte.shape
+    windows = [
+        [(slice(max(y - radius, 0), y + radius + 1), slice(max(x - radius, 0), x + radius + 1)) for x in range(width)]
+        for y in range(height)
+    ]
+    functions = np.empty((4, height, width))
+    for y, x in np.ndindex(height, width):
+        colours = small_photo[(slice(None), *windows[y][x])].reshape(3, -1)
+        values = matte[windows[y][x]].ravel()
+        covariance = np.cov(colours, bias=True) + epsilon * np.eye(3)
+        slopes = np.linalg.solve(covariance, (colours * values).mean(1) - colours.mean(1) * values.mean())
+        functions[:, y, x] = [*slopes, values.mean() - slopes @ colours.mean(1)]
+    smooth = np.array([[functions[(slice(None), *window)].mean((1, 2)) for window in line] for line in windows])
+    planes = [Image.fromarray(plane.astype(np.float32)) for plane in smooth.transpose(2, 0, 1)]
+    large = np.array([np.array(plane.resize(photo.shape[:0:-1], Image.Resampling.BILINEAR)) for plane in planes])
+    return ((large[:3] * photo).sum(0) + large[3]).clip(0, 1)
+
+
+@pytest.mark.parametrize(("radius", "epsilon"), [(2, 1e-4), (1, 1e-2)])
+def test_guided_upsampling_equals_a_fit_in_every_window(radius, epsilon, monkeypatch):
+    monkeypatch.setattr(
+        "birefnet.repository.matting_birefnet._PIXELS_PER_BAND", 200
+    )  # several bands, the last shorter
+    photo = draw_photo(47, 61)
+    small = torch.from_numpy(
+        np.array(Image.fromarray(photo.permute(1, 2, 0).numpy()).resize((20, 16), Image.Resampling.BILINEAR))
+    ).permute(2, 0, 1)
+    matte = torch.from_numpy(np.array(Image.fromarray(draw_disc(47, 61, 4)[0].numpy()).resize((20, 16))))
+    expected = slow_guided_upsampling(
+        matte.double().numpy(), small.numpy() / 255, photo.numpy() / 255, radius, epsilon
+    )
+    guided = guided_upsampling(matte, small, photo, radius, epsilon)
+    assert guided.dtype == torch.float32 and guided.shape == (47, 61)
+    assert np.abs(guided.numpy() - expected).max() < 1e-4
+
+
+def test_guided_upsampling_draws_the_photos_edge():
+    """A dark disc before a bright wall, its matte eight times smaller: nearly the disc itself comes back."""
+    inside = draw_disc(256, 256, softness=1) > 0.5
+    photo = torch.where(inside, torch.tensor([40, 60, 30]).view(3, 1, 1), 220).byte()
+    small = torch.nn.functional.interpolate(photo[None].float(), size=(32, 32), mode="bilinear", antialias=True)[0]
+    matte = torch.nn.functional.interpolate(inside[None].float(), size=(32, 32), mode="bilinear", antialias=True)[0, 0]
+    plain = torch.nn.functional.interpolate(matte[None, None], size=(256, 256), mode="bilinear")[0, 0]
+    guided = guided_upsampling(matte, small.round().byte(), photo)
+    errors = [(alpha - inside[0].float()).abs().mean().item() for alpha in (guided, plain)]
+    assert errors[0] < errors[1] / 4
+
+
+@pytest.mark.parametrize("value", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("photo", [draw_photo(40, 50), torch.full((3, 40, 50), 77, dtype=torch.uint8)])
+def test_guided_upsampling_keeps_constant_mattes(value, photo):
+    small = photo[:, ::5, ::5].contiguous()
+    guided = guided_upsampling(torch.full((8, 10), value), small, photo)
+    assert (guided - value).abs().max() < 1e-4
+
+
+def test_guided_upsampling_refuses_a_photo_of_another_size():
+    with pytest.raises(ValueError, match=r"\(8, 10\), got \(8, 8\)"):
+        guided_upsampling(torch.zeros(8, 10), draw_photo(8, 8), draw_photo(16, 20))
+
+
 def test_matte_is_unchanged_without_edits():
     alpha = random_photo(1, 20, 30)
     assert torch.equal(adjust_matte(alpha), alpha)
@@ -215,19 +296,6 @@ def test_adjust_matte_refuses_bytes_and_lines():
         adjust_matte(torch.zeros(4, 4, dtype=torch.uint8))
     with pytest.raises(ValueError, match="height, width"):
         adjust_matte(torch.zeros(4))
-
-
-def draw_photo(height, width, seed=0):
-    """Bytes (3, H, W)."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
-
-
-def draw_disc(height, width, softness):
-    """A matte (1, H, W) that is exactly 0 and 1 but for an edge of so many pixels."""
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    distance = torch.hypot(rows - 0.45 * height, columns - 0.3 * width)
-    return ((0.25 * height - distance) / softness + 0.5).clamp(0, 1)[None]
 
 
 @pytest.mark.parametrize("softness", [1, 12])

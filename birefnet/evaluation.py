@@ -337,7 +337,7 @@ def make_predictor(arguments: argparse.Namespace) -> tuple[Predictor, dict, dict
     return (
         lambda photos: map(np.asarray, remover(photos, return_mask=True, batch_size=arguments.batch_size)),
         describe_model(arguments.model, remover.model),
-        describe_settings(remover, arguments.batch_size),
+        describe_settings(remover, arguments),
     )
 
 
@@ -362,18 +362,19 @@ def describe_model(name: str | None, model) -> dict:
     }
 
 
-def describe_settings(remover, batch_size: int) -> dict:
+def describe_settings(remover, arguments: argparse.Namespace) -> dict:
     """What the result file says of how the model was run."""
     import torch
 
     processor, device = remover.image_processor, remover.device
     dynamic = processor.do_dynamic_resize
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    dtype = str(remover.model.dtype).removeprefix("torch.")
     return {
         "resolution": "dynamic" if dynamic else f"{processor.size['height']}×{processor.size['width']}",
-        "dtype": str(remover.model.dtype).removeprefix("torch."),
+        "dtype": f"int8 and {dtype}" if arguments.dtype == "int8" else dtype,
         "device": f"{device.type} {hardware}".strip(),
-        "batch_size": batch_size,
+        "batch_size": arguments.batch_size,
     }
 
 

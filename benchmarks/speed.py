@@ -23,6 +23,8 @@ from memory import peak_on_cpu, peak_on_gpu
 from roofline import MatrixProduct, count_flop
 from subjects import COMPILED, PLAIN, PROJECT, PUBLISHED, Subject, configuration, load_model
 
+from birefnet.quantization import obstacle
+
 
 COLUMNS = (
     ("subject", "{subject}"),
@@ -50,8 +52,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--dtypes",
         nargs="+",
-        choices=["float32", "bfloat16", "float16"],
-        help="default: float32 and bfloat16, on a GPU float16 as well (most CPUs have no arithmetic for it)",
+        choices=["float32", "bfloat16", "float16", "int8"],
+        help="default: float32 and bfloat16, on a GPU float16 as well (most CPUs have no arithmetic for it), on a CPU "
+        "that can int8 of this project",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
@@ -72,8 +75,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--sizes: {wrong[0]} is not a multiple of 32")
     if min(chosen.repeats, chosen.threads, *chosen.batches) < 1:
         parser.error("--repeats, --threads, --batches: at least 1")
+    no_int8 = obstacle(torch.device(chosen.device))
     if chosen.dtypes is None:
-        chosen.dtypes = ["float32", "bfloat16", *(["float16"] if chosen.device.startswith("cuda") else [])]
+        chosen.dtypes = ["float32", "bfloat16"]
+        chosen.dtypes += ["float16"] if chosen.device.startswith("cuda") else [] if no_int8 else ["int8"]
+    elif "int8" in chosen.dtypes and no_int8:
+        parser.error(f"--dtypes: {no_int8}")
     return chosen
 
 
@@ -111,6 +118,9 @@ def commit() -> str | None:
 def subjects_of(arguments: argparse.Namespace, model: str) -> list[Subject]:
     subjects = []
     for dtype in arguments.dtypes:
+        if dtype == "int8":  # which the others do not have
+            subjects.append(Subject(PROJECT, model, dtype, arguments.device))
+            continue
         kinds = [PROJECT, *([COMPILED] if arguments.compile else []), *([] if arguments.no_plain else [PLAIN])]
         subjects += [Subject(kind, model, dtype, arguments.device) for kind in kinds]
         if arguments.peer:
@@ -142,7 +152,7 @@ def measure_case(arguments: argparse.Namespace, model: str, side: int, batch: in
             runs[subject] = (run, row)
         except Exception as error:  # of whatever kind: it stands in the table, and the others go on
             row["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
-    products = {dtype: MatrixProduct(device, getattr(torch, dtype)) for dtype in arguments.dtypes}
+    products = {name: MatrixProduct(device, getattr(torch, name)) for name in arguments.dtypes if name != "int8"}
     rates = run_in_turns(list(runs.values()), products, pixel_values, arguments.repeats)
     compare_mattes(mattes, {subject: row for subject, (_, row) in runs.items()})
     for row in rows:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from birefnet import quantization
+from birefnet.quantization import obstacle
 from birefnet.repository.configuration_birefnet import BiRefNetConfig
 from birefnet.repository.deformable_birefnet import DeformableConvolution
 
@@ -68,6 +70,7 @@ def test_counted_arithmetic(benchmark, backbone, gflop):
 def test_speed_measures_all_subjects_in_one_run(benchmark, lite, tmp_path, monkeypatch, capsys):
     speed = benchmark("speed")
     monkeypatch.setattr(speed, "load_model", lambda name, dtype, device: lite)
+    monkeypatch.setattr(speed, "obstacle", lambda device: None)
     monkeypatch.setattr(speed, "peak_on_cpu", lambda subject, shape, threads: 2**30 * (1 + len(subject.kind)))
     files = {"--json": tmp_path / "new" / "speed.json", "--picture": tmp_path / "speed.png"}
     options = [
@@ -77,6 +80,7 @@ def test_speed_measures_all_subjects_in_one_run(benchmark, lite, tmp_path, monke
         "32",
         "--dtypes",
         "float32",
+        "int8",
         "--device",
         "cpu",
         "--repeats",
@@ -88,8 +92,9 @@ def test_speed_measures_all_subjects_in_one_run(benchmark, lite, tmp_path, monke
     speed.main()
 
     result = json.loads(files["--json"].read_text())
-    project, plain, published = result["rows"]
-    assert [row["subject"] for row in result["rows"]] == ["this project", "plain formulation", "published code"]
+    project, plain, published, in_int8 = result["rows"]
+    assert [row["subject"] for row in result["rows"][:3]] == ["this project", "plain formulation", "published code"]
+    assert (in_int8["subject"], in_int8["dtype"], len(in_int8["times"])) == ("this project", "int8", 2)
     assert len(project["times"]) == 2
     assert project["faster_than_plain"] == pytest.approx(plain["seconds"] / project["seconds"])
     rate = project["flop"] / project["seconds"] / project["matrix_product_rate"]
@@ -111,12 +116,34 @@ def test_speed_measures_all_subjects_in_one_run(benchmark, lite, tmp_path, monke
         (["--models", "lite", "--onnx", "missing.onnx"], "--onnx: no file missing.onnx"),
         (["--onnx", "missing.onnx"], "name the one model"),
         (["--batches", "0"], "at least 1"),
+        (["--device", "cuda", "--dtypes", "int8"], "--dtypes: int8 is for CPUs"),
     ],
 )
 def test_speed_refuses_wrong_options(benchmark, options, message, capsys):
     with pytest.raises(SystemExit):
         benchmark("speed").parse_arguments(options)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", ["int8"]), ("cuda", ["float16"])])
+def test_default_dtypes_are_those_of_the_device(benchmark, device, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    assert benchmark("speed").parse_arguments(["--device", device]).dtypes == ["float32", "bfloat16", *expected]
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    assert "int8" not in benchmark("speed").parse_arguments(["--device", device]).dtypes
+
+
+@pytest.mark.skipif(obstacle(torch.device("cpu")) is not None, reason=str(obstacle(torch.device("cpu"))))
+def test_a_model_in_int8(benchmark, tiny_model_folder, monkeypatch):
+    monkeypatch.setattr(quantization, "FEWEST_MULTIPLICATIONS", 1)
+    subjects, pixel_values = benchmark("subjects"), torch.randn(1, 3, 64, 64)
+    logits = {
+        dtype: subjects.Subject(subjects.PROJECT, str(tiny_model_folder), dtype, "cpu").build()(pixel_values)
+        for dtype in ("float32", "int8")
+    }
+    difference = (logits["int8"] - logits["float32"]).std() / logits["float32"].std()
+    assert 1e-3 < difference < 0.1
+    assert logits["int8"].dtype == quantization.dtype_between()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process's peak")

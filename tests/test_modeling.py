@@ -106,18 +106,6 @@ def test_training_outputs_equal_the_published_model(name, reference_model):
     for i, value in enumerate(output.gradient_logits or ()):
         assert difference(name, f"train.gradient_logits.{i}", value) < TOLERANCE
     for i, value in enumerate(output.gradient_targets or ()):
-        # A product with the image's gradients: where these are five standard deviations large, so is the logits'
-        # rounding, which for two float32 models adds up (3.0e-5 for Swin-L's stage 3; see the next test).
-        assert difference(name, f"train.gradient_target.{i}", value) < 2 * TOLERANCE
-
-
-@pytest.mark.parametrize("name", ["swin_v1_l", "swin_v1_t"])
-def test_gradient_targets_in_float64_equal_the_published_model(name, reference_model):
-    """Without this side's rounding what is left is the published float32 model's own."""
-    model = deterministic_training(copy.deepcopy(reference_model(name)).double())
-    with torch.no_grad():
-        output = model(reference_weights.image("train", 2, 128, 160))
-    for i, value in enumerate(output.gradient_targets):
         assert difference(name, f"train.gradient_target.{i}", value) < TOLERANCE
 
 

@@ -45,7 +45,7 @@ def deformable_convolution(
     _check_shapes(hidden_states, offsets, modulation, weight)
     out_channels, kernel_size = weight.shape[0], weight.shape[-1]
     taps = kernel_size**2
-    pixels = hidden_states.permute(0, 2, 3, 1).reshape(batch * height * width, channels)
+    pixels = F.pad(hidden_states.permute(0, 2, 3, 1), (0, 0, 1, 2, 1, 2)).view(-1, channels)  # with borders of zeros
     kernel = weight.permute(2, 3, 1, 0).reshape(taps * channels, out_channels)
     parts = []
     images = 1 if torch.compiler.is_compiling() else batch  # it may be symbolic there, and their number may not
@@ -70,8 +70,8 @@ def _check_shapes(hidden_states, offsets, modulation, weight):
 
 def _neighbours(offsets, modulation, kernel_size, first_row, height):
     """
-    For each sample the indices (N, 4) of the pixels around it among the B·H·W of the batch, and their shares (N, 4):
-    bilinear weight × modulation, zero outside of the map. N runs over batch, row, column and tap.
+    For each sample the indices (N, 4) of the pixels around it among the B·(H+3)·(W+3) of the batch with its borders of
+    zeros, and their shares (N, 4): bilinear weight × modulation. N runs over batch, row, column and tap.
     """
     batch, _, rows, width = offsets.shape
     device, padding = offsets.device, kernel_size // 2
@@ -85,30 +85,26 @@ def _neighbours(offsets, modulation, kernel_size, first_row, height):
     row = offsets[..., 0] + (row_of_pixel[:, None, None] + tap.repeat_interleave(kernel_size))
     column = offsets[..., 1] + (column_of_pixel[:, None] + tap.repeat(kernel_size))
 
-    (top, bottom), (top_share, bottom_share) = _neighbours_on_axis(row, height)
-    (left, right), (left_share, right_share) = _neighbours_on_axis(column, width)
-    image = torch.arange(batch, device=device).view(-1, 1, 1, 1) * (height * width)
-    top, bottom = image + top * width, image + bottom * width
-    top_share, bottom_share = top_share * modulation, bottom_share * modulation
-    indices = torch.stack([top + left, top + right, bottom + left, bottom + right], dim=-1)
-    shares = torch.stack(
-        [top_share * left_share, top_share * right_share, bottom_share * left_share, bottom_share * right_share],
-        dim=-1,
-    )
+    top, bottom_share = _place_on_axis(row, height)
+    left, right_share = _place_on_axis(column, width)
+    image = torch.arange(batch, dtype=torch.int32, device=device).view(-1, 1, 1, 1) * ((height + 3) * (width + 3))
+    corner = image + top * (width + 3) + left
+    indices = torch.stack([corner, corner + 1, corner + width + 3, corner + width + 4], dim=-1)
+    bottom_share = bottom_share * modulation
+    top_share = modulation - bottom_share
+    top_right, bottom_right = top_share * right_share, bottom_share * right_share
+    shares = torch.stack([top_share - top_right, top_right, bottom_share - bottom_right, bottom_right], dim=-1)
     return indices.view(-1, 4), shares.view(-1, 4)
 
 
-def _neighbours_on_axis(place, size):
-    """The two pixels around each place on an axis of `size` pixels, held inside of it, and their bilinear weights."""
-    lower_place = place.floor()
-    upper_share = place - lower_place
-    lower_share = 1 - upper_share
-    lower_share = lower_share * ((lower_place >= 0) & (lower_place <= size - 1))
-    upper_share = upper_share * ((lower_place >= -1) & (lower_place <= size - 2))
-    # Clamped before the cast: a place beyond the integers' range has no defined integer.
-    lower = lower_place.clamp(0, size - 1).long()
-    upper = (lower_place + 1).clamp(0, size - 1).long()
-    return (lower, upper), (lower_share, upper_share)
+def _place_on_axis(place, size):
+    """
+    Index of the pixel at or before each place on an axis of `size` pixels that has one zero before and two after it,
+    and the share of the pixel that follows. Places beyond the zeros are moved onto them.
+    """
+    place = place.clamp(-1, size)
+    lower = place.floor()
+    return lower.int() + 1, place - lower
 
 
 class ZeroInitializedConvolution(nn.Conv2d):

@@ -19,6 +19,7 @@ def deformable_convolution(
     offsets: torch.Tensor,
     modulation: torch.Tensor,
     weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
     finish: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """
@@ -33,6 +34,7 @@ def deformable_convolution(
         offsets: (B, 2k², H, W) in pixels; Δrow and Δcolumn alternate, taps are row-major.
         modulation: (B, k², H, W), the weight of each sample.
         weight: (out channels, C, k, k), k odd.
+        bias: (out channels,).
         finish: pointwise over the pixels, applied to every tile (B, rows, W, out channels) while it is in the cache.
 
     Returns:
@@ -46,14 +48,14 @@ def deformable_convolution(
     out_channels, kernel_size = weight.shape[0], weight.shape[-1]
     taps = kernel_size**2
     pixels = F.pad(hidden_states.permute(0, 2, 3, 1), (0, 0, 1, 2, 1, 2)).view(-1, channels)  # with borders of zeros
-    kernel = weight.permute(2, 3, 1, 0).reshape(taps * channels, out_channels)
+    kernel = weight.permute(0, 2, 3, 1).reshape(out_channels, taps * channels)
     parts = []
     images = 1 if torch.compiler.is_compiling() else batch  # it may be symbolic there, and their number may not
     row_size = images * width * max(taps * channels, out_channels)
     for rows in tiles(height, row_size, hidden_states, TILE_BYTES):
         indices, shares = _neighbours(offsets[:, :, rows], modulation[:, :, rows], kernel_size, rows.start, height)
         samples = F.embedding_bag(indices, pixels, per_sample_weights=shares.to(pixels.dtype), mode="sum")
-        tile = (samples.view(-1, taps * channels) @ kernel).view(batch, -1, width, out_channels)
+        tile = F.linear(samples.view(-1, taps * channels), kernel, bias).view(batch, -1, width, out_channels)
         parts.append(tile if finish is None else finish(tile))
     return torch.cat(parts, dim=1).permute(0, 3, 1, 2)
 
@@ -130,11 +132,14 @@ class DeformableConvolution(GradientCheckpointingLayer):
         offsets, modulator = both.split([2 * self.kernel_size**2, self.kernel_size**2], dim=1)
         return offsets, 2 * torch.sigmoid(modulator.to(torch.promote_types(modulator.dtype, torch.float32)))
 
-    def forward(self, hidden_states: torch.Tensor, weight: torch.Tensor | None = None, finish=None) -> torch.Tensor:
-        """(B, C, H, W) → (B, out channels, H, W). `weight` is used instead of the module's own, `finish` as above."""
+    def forward(self, hidden_states: torch.Tensor, weight: torch.Tensor | None = None, **options) -> torch.Tensor:
+        """
+        (B, C, H, W) → (B, out channels, H, W). `weight` is used instead of the module's own, and options are those of
+        [`deformable_convolution`].
+        """
         offsets, modulation = self.offsets_and_modulation(hidden_states)
         weight = self.regular_conv.weight if weight is None else weight
-        return deformable_convolution(hidden_states, offsets, modulation, weight, finish)
+        return deformable_convolution(hidden_states, offsets, modulation, weight, **options)
 
 
 class DeformableBranch(nn.Module):
@@ -149,8 +154,8 @@ class DeformableBranch(nn.Module):
         if self.bn.training:  # the norm's statistics need the whole map
             return F.conv2d(F.relu(self.bn(self.atrous_conv(hidden_states))), fusion)
         weight, bias = fold_batch_norm(self.atrous_conv.regular_conv.weight, None, self.bn)
-        fusion = fusion.flatten(1).t()  # (branch channels, out channels)
-        return self.atrous_conv(hidden_states, weight, lambda tile: F.relu(tile + bias) @ fusion)
+        fusion = fusion.flatten(1)  # (out channels, branch channels)
+        return self.atrous_conv(hidden_states, weight, bias=bias, finish=lambda tile: F.linear(F.relu_(tile), fusion))
 
 
 class AtrousBranch(nn.Module):

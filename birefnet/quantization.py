@@ -96,7 +96,6 @@ class Int8Arithmetic(TorchFunctionMode):
         # By weight. Parameters stay; what a forward pass derives from them is forgotten together with it.
         self.packed = WeakIdKeyDictionary()
         self.in_int8 = {F.linear: self.linear, F.conv2d: self.conv2d}
-        self.in_int8 |= dict.fromkeys((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__), self.matmul)
 
     def __torch_function__(self, function, types, arguments=(), options=None):
         options = options or {}
@@ -105,23 +104,15 @@ class Int8Arithmetic(TorchFunctionMode):
         return function(*arguments, **options) if result is None else result
 
     def linear(self, input, weight, bias=None):  # (..., C) by (out, C) → (..., out)
-        return self.multiply(input, weight, bias, len(weight), pack_matrix)
-
-    def matmul(self, input, other):  # (n, C) by (C, out) → (n, out)
-        if input.ndim != 2 or other.ndim != 2:
-            return None
-        return self.multiply(input, other, None, other.shape[1], lambda matrix: pack_matrix(matrix.t()))
-
-    def multiply(self, rows, weight, bias, out_channels, pack):
-        rounded = round_activations(rows) if gains(rows, out_channels) else None
+        rounded = round_activations(input) if gains(input, len(weight)) else None
         if rounded is None:
             return None
         levels, scale, zero_point = rounded
-        packed = self.once(weight, pack)
+        packed = self.once(weight, pack_matrix)
         product = torch.ops.onednn.qlinear_pointwise(
-            levels.view(-1, rows.shape[-1]), scale, zero_point, *packed, in_float32(bias), *results_in(rows.dtype)
+            levels.view(-1, input.shape[-1]), scale, zero_point, *packed, in_float32(bias), *results_in(input.dtype)
         )
-        return product.view(*rows.shape[:-1], -1)
+        return product.view(*input.shape[:-1], -1)
 
     def conv2d(self, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         """(B, C, H, W) → (B, out, H', W') in channels-last memory."""

@@ -39,7 +39,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resolution", type=int, help="side of what the network sees; default: the model's")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16", "int8"], default="auto")
     parser.add_argument("--format", choices=["png", "webp"], default="png")
     parser.add_argument("--json", metavar="FILE", type=Path)
     chosen = parser.parse_args(arguments)
@@ -48,9 +48,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def save_drawn_network(name: str, folder: Path):
-    """Lite or general with drawn weights, as a folder of a model. Its mattes are gray, the dearest kind to finish."""
+    """Lite or general with drawn weights, as a folder of a model."""
     load_model(name, "float32", "cpu").save_pretrained(folder)
     BiRefNetImageProcessor(size={"height": 1024, "width": 1024}).save_pretrained(folder)
+
+
+def see_the_disc(model, arguments, outputs):
+    """Puts the drawn photos' disc, with a soft edge, in place of the gray that drawn weights see: a matte as usual."""
+    height, width = outputs.logits.shape[-2:]
+    rows = torch.linspace(-0.5, 0.5, height)[:, None]
+    columns = torch.linspace(-0.75, 0.75, width)  # of photos in 3:2
+    edge = 8 * height * (1 / 3 - torch.hypot(rows, columns)) / 10  # from 2 % to 98 % in ten pixels
+    outputs.logits = edge.to(outputs.logits).expand_as(outputs.logits)
+    return outputs
 
 
 def draw_photos(folder: Path, count: int, least: float, most: float) -> list[Path]:
@@ -90,7 +100,7 @@ def run_stage_by_stage(files: list[Path], folder: Path, remover, picture_format:
         for file, photo, outputs in zip(batch, decoded, timed("network", remover.forward, inputs), strict=True):
             # The pipeline makes the matte as the first part of its postprocessing: the rest is foreground colours.
             make_matte = remover.image_processor.post_process_alpha_matte
-            timed("matte", make_matte, outputs, target_sizes=[outputs["target_size"]])
+            timed("matte", make_matte, outputs, target_sizes=[outputs["target_size"]], photos=[outputs["photo"]])
             picture = timed("foreground", remover.postprocess, outputs)
             encoded = timed("encode", encode_picture, picture, picture_format, photo.encoder_options)
             timed("encode", write_whole, encoded, folder / f"{file.stem}.{picture_format}")
@@ -117,10 +127,12 @@ def run_as_command(files: list[Path], folder: Path, remover, picture_format: str
 def measure(arguments: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if arguments.model in BACKBONES:
+        if drawn := arguments.model in BACKBONES:
             save_drawn_network(arguments.model, folder / "model")
             arguments.model = folder / "model"
         remover = load_remover(arguments)
+        if drawn:
+            remover.model.register_forward_hook(see_the_disc)
         files = draw_photos(folder, arguments.photos, *arguments.megapixels)
         warm_up = [remover.preprocess(decode(file).image) for file in files[: arguments.batch_size]]
         remover.forward(warm_up)

@@ -5,14 +5,17 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from birefnet import quantization
 from birefnet.quantization import obstacle
 from birefnet.repository.configuration_birefnet import BiRefNetConfig
 from birefnet.repository.deformable_birefnet import DeformableConvolution
+from birefnet.repository.image_processing_birefnet import BiRefNetImageProcessor
 
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -151,6 +154,17 @@ def test_memory_of_a_subject_that_fails_is_an_error(benchmark):
     subject = benchmark("subjects").Subject("onnx", "lite", "float32", "cpu", "missing.onnx")
     with pytest.raises(RuntimeError, match="onnx"):
         benchmark("memory").peak_on_cpu(subject, (1, 3, 32, 32), threads=1)
+
+
+def test_end_to_end_gives_drawn_weights_the_matte_of_the_drawn_disc(benchmark, tmp_path):
+    end_to_end = benchmark("end_to_end")
+    outputs = end_to_end.see_the_disc(None, (), SimpleNamespace(logits=torch.zeros(2, 1, 320, 320)))
+    [file] = end_to_end.draw_photos(tmp_path, 1, 0.1, 0.1)
+    matte = BiRefNetImageProcessor().post_process_alpha_matte(outputs, [Image.open(file).size[::-1]] * 2)[1]
+    rows, columns = torch.meshgrid(*(torch.arange(side) - side / 2 for side in matte.shape), indexing="ij")
+    disc = torch.hypot(rows, columns) < matte.shape[0] / 3
+    assert ((matte > 0.5) == disc).float().mean() > 0.99
+    assert ((matte > 0.02) & (matte < 0.98)).float().mean() < 0.1
 
 
 def test_end_to_end_accounts_for_every_stage(benchmark, tiny_model_folder, tmp_path, monkeypatch, capsys):

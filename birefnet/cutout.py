@@ -170,9 +170,12 @@ def run(arguments: argparse.Namespace) -> int:
         for report in reports:
             reporter.add(report)
         if jobs:
+            remover = load_remover(arguments, arguments.variant)
+            if len(jobs) > 1:
+                _suggest_dtype(arguments, remover.model)
             for report in cut_out_photos(
                 jobs,
-                load_remover(arguments, arguments.variant),
+                remover,
                 batch_size=arguments.batch_size,
                 picture_format=arguments.format,
                 overwrite=arguments.overwrite,
@@ -266,6 +269,18 @@ def _dtype_between(device, batch_size: int) -> str:
     if batch_size > 1:
         raise UsageError("--dtype int8 takes photos one by one, as the others of a batch would change their mattes")
     return str(dtype_between()).removeprefix("torch.")
+
+
+def _suggest_dtype(arguments: argparse.Namespace, model) -> None:
+    """Names a faster dtype to who has not chosen one: a choice of results is the user's."""
+    from birefnet.quantization import dtype_between
+
+    in_float32 = arguments.dtype == "auto" and model.device.type == "cpu"
+    if in_float32 and model.config.backbone.startswith("swin") and str(dtype_between()) == "torch.bfloat16":
+        print(
+            "birefnet cutout: on this processor --dtype bfloat16 is 1.5 to 2 times as fast; mattes change by about 0.001",
+            file=sys.stderr,
+        )
 
 
 def _set_resolution(processor, resolution: str | tuple[int, int] | None) -> None:

@@ -14,9 +14,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from birefnet.command_line import main
+from birefnet.cutout import _suggest_dtype
 
 
 def draw(width, height, seed=0):
@@ -259,6 +261,22 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path, capfd):
     assert main(["cutout", str(tmp_path / "a.png"), "--model", str(tmp_path / "nowhere"), "--device", "cpu"]) == 1
     error = capfd.readouterr().err
     assert "nowhere is no file, folder, variant or repository" in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "backbone", "faster", "suggested"),
+    [
+        ("auto", "swin_v1_t", "bfloat16", True),
+        ("auto", "swin_v1_t", "float32", False),
+        ("auto", "tf_efficientnet_lite0", "bfloat16", False),
+        ("float32", "swin_v1_t", "bfloat16", False),
+    ],
+)
+def test_a_faster_dtype_is_suggested_where_there_is_one(dtype, backbone, faster, suggested, monkeypatch, capsys):
+    monkeypatch.setattr("birefnet.quantization.dtype_between", lambda: getattr(torch, faster))
+    model = SimpleNamespace(device=torch.device("cpu"), config=SimpleNamespace(backbone=backbone))
+    _suggest_dtype(SimpleNamespace(dtype=dtype), model)
+    assert ("--dtype bfloat16" in capsys.readouterr().err) == suggested
 
 
 def test_only_what_is_needed_is_imported_before_the_network(tiny_model_folder, tmp_path):

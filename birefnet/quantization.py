@@ -16,10 +16,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 
-# Rounding a number costs as much as a few tens of multiplications by it, and the steps of an operation in int8 cost
+# Rounding a number costs as much as a hundred multiplications by it, and the steps of an operation in int8 cost
 # a tenth of a millisecond whatever its size. With fewer than these there is nothing to be gained.
-FEWEST_USES = 64
+FEWEST_USES = 128
 FEWEST_MULTIPLICATIONS = 2**24
+
+PIECE = 2**17  # numbers that are rounded at a time
 
 DTYPES = (torch.bfloat16, torch.float32)
 Packed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -159,9 +161,14 @@ def round_activations(values: torch.Tensor) -> tuple[torch.Tensor, float, int] |
     if not torch.finfo(torch.float32).tiny < scale < math.inf:
         return None
     zero_point = max(1, math.ceil(-lowest / scale))
-    levels = torch.add(torch.tensor(zero_point + 0.5), values.float(), alpha=1 / scale)
-    # To uint8 by way of int16, which is four times faster than at once. Both cut off what the half has rounded.
-    return levels.to(torch.int16).to(torch.uint8).contiguous(), scale, zero_point
+    levels, shift = torch.empty(values.shape, dtype=torch.uint8), torch.tensor(zero_point + 0.5)
+    # In pieces that stay in the cache: several times as fast, since larger ones are fetched anew from the system.
+    shape = (-1, values.shape[-1])
+    pieces = (rows.split(max(1, PIECE // shape[1])) for rows in (values.reshape(shape), levels.view(shape)))
+    for piece, its_levels in zip(*pieces, strict=True):
+        # To uint8 by way of int16, which is four times faster than at once. Both cut off what the half has rounded.
+        its_levels.copy_(torch.add(shift, piece.float(), alpha=1 / scale).to(torch.int16))
+    return levels, scale, zero_point
 
 
 def round_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

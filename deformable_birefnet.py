@@ -47,7 +47,7 @@ def deformable_convolution(
     _check_shapes(hidden_states, offsets, modulation, weight)
     out_channels, kernel_size = weight.shape[0], weight.shape[-1]
     taps = kernel_size**2
-    pixels = F.pad(hidden_states.permute(0, 2, 3, 1), (0, 0, 1, 2, 1, 2)).view(-1, channels)  # with borders of zeros
+    pixels = F.pad(hidden_states.permute(0, 2, 3, 1), (0, 0, 2, 2, 2, 2)).view(-1, channels)  # with borders of zeros
     kernel = weight.permute(0, 2, 3, 1).reshape(out_channels, taps * channels)
     parts = []
     images = 1 if torch.compiler.is_compiling() else batch  # it may be symbolic there, and their number may not
@@ -72,7 +72,7 @@ def _check_shapes(hidden_states, offsets, modulation, weight):
 
 def _neighbours(offsets, modulation, kernel_size, first_row, height):
     """
-    For each sample the indices (N, 4) of the pixels around it among the B·(H+3)·(W+3) of the batch with its borders of
+    For each sample the indices (N, 4) of the pixels around it among the B·(H+4)·(W+4) of the batch with its borders of
     zeros, and their shares (N, 4): bilinear weight × modulation. N runs over batch, row, column and tap.
     """
     batch, _, rows, width = offsets.shape
@@ -89,9 +89,9 @@ def _neighbours(offsets, modulation, kernel_size, first_row, height):
 
     top, bottom_share = _place_on_axis(row, height)
     left, right_share = _place_on_axis(column, width)
-    image = torch.arange(batch, dtype=torch.int32, device=device).view(-1, 1, 1, 1) * ((height + 3) * (width + 3))
-    corner = image + top * (width + 3) + left
-    indices = torch.stack([corner, corner + 1, corner + width + 3, corner + width + 4], dim=-1)
+    image = torch.arange(batch, dtype=torch.int32, device=device).view(-1, 1, 1, 1) * ((height + 4) * (width + 4))
+    corner = image + top * (width + 4) + left
+    indices = torch.stack([corner, corner + 1, corner + width + 4, corner + width + 5], dim=-1)
     bottom_share = bottom_share * modulation
     top_share = modulation - bottom_share
     top_right, bottom_right = top_share * right_share, bottom_share * right_share
@@ -101,12 +101,11 @@ def _neighbours(offsets, modulation, kernel_size, first_row, height):
 
 def _place_on_axis(place, size):
     """
-    Index of the pixel at or before each place on an axis of `size` pixels that has one zero before and two after it,
-    and the share of the pixel that follows. Places beyond the zeros are moved onto them.
+    Index of the pixel at or before each place on an axis of `size` pixels that has two zeros on each side, and the
+    share of the pixel that follows. Places beyond the zeros are moved onto them, and so is what is not a number.
     """
-    place = place.clamp(-1, size)
     lower = place.floor()
-    return lower.int() + 1, place - lower
+    return lower.int().clamp(-2, size) + 2, place - lower
 
 
 class ZeroInitializedConvolution(nn.Conv2d):

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -41,11 +42,25 @@ def cut_out_photos(
 
 @contextmanager
 def _threads(count: int, name: str) -> Iterator[Executor]:
-    executor = ThreadPoolExecutor(count, thread_name_prefix=name)
+    executor = ThreadPoolExecutor(count, thread_name_prefix=name, initializer=_give_way)
     try:
         yield executor
     finally:  # also on Ctrl-C: what runs is completed (a result is written whole), what waits is dropped
         executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _give_way() -> None:
+    """
+    Leaves the processor to the network and takes what remains of it.
+
+    A network on a CPU has a thread on each core, and these wait for each other all the time: what takes the core of
+    one holds up all. Threads of least priority work in the gaps, and on all cores whenever the network waits for them.
+    """
+    import torch  # here, since it takes a second, and the command line reads this module for its help
+
+    torch.set_num_threads(1)  # of this thread's own operations
+    if sys.platform == "linux":  # where threads have priorities of their own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def bounded_map(executor: Executor, function: Callable, items: Iterable, ahead: int) -> Iterator:

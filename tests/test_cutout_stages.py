@@ -1,5 +1,7 @@
 """birefnet.cutout_stages: order, bounds and the containment of errors, with a pipeline that only pretends."""
 
+import os
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -7,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 from birefnet.cutout_jobs import Job
@@ -65,6 +68,25 @@ def test_only_the_network_runs_in_the_calling_thread(tmp_path):
     list(cut_out_photos(make_jobs(tmp_path, 3), remover, batch_size=1, picture_format="png"))
     assert remover.threads["forward"] == {threading.get_ident()}
     assert threading.get_ident() not in remover.threads["preprocess"] | remover.threads["postprocess"]
+
+
+def test_all_but_the_network_gives_way_to_it(tmp_path, monkeypatch):
+    def state():
+        return torch.get_num_threads(), os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    def watched(stage, method):
+        def call(*given, **options):
+            found[stage] = state()
+            return method(*given, **options)
+
+        return call
+
+    remover, found, before = PretendedRemover(), {}, state()
+    for stage in ("preprocess", "forward", "postprocess"):
+        monkeypatch.setattr(remover, stage, watched(stage, getattr(remover, stage)))
+    list(cut_out_photos(make_jobs(tmp_path, 2), remover, batch_size=1, picture_format="png"))
+    least = (1, 19 if sys.platform == "linux" else before[1])
+    assert found == {"preprocess": least, "forward": before, "postprocess": least}
 
 
 def test_bad_photos_and_failing_batches_cost_no_other_photo(tmp_path):

@@ -84,6 +84,13 @@ def test_places_far_outside_and_at_the_border_count_as_zero():
     assert (deformable_convolution(hidden_states, -far, modulation, weight) == 0).all()
 
 
+def test_what_is_not_a_number_stays_that_and_reads_nothing_beyond_the_map():
+    hidden_states, offsets, modulation, weight = example(1)
+    offsets[0, 0, 1, 2] = torch.nan
+    found = deformable_convolution(hidden_states, offsets, modulation, weight)
+    assert found[0, :, 1, 2].isnan().all() and found.isnan().sum() == found.shape[1]
+
+
 def test_deformable_convolution_is_differentiable():
     hidden_states, offsets, modulation, weight = example(
         3, batch=1, channels=2, height=4, width=3, out_channels=2, dtype=torch.float64, spread=0.3

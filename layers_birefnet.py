@@ -11,9 +11,6 @@ from torch import nn
 # memory of this size is used again, where each larger piece is fetched anew from the system, page by page.
 CPU_TILE_BYTES = 4 * 2**20
 
-# What `convolve` sums at once: Swin-L's stages come a tenth nearer to float64 by it, which its gradient targets need.
-CHANNELS_OF_A_SUM = 256
-
 
 def tiles(number: int, width: int, like: torch.Tensor, elsewhere: int | None = None) -> list[slice]:
     """
@@ -61,10 +58,8 @@ def fold_batch_norm(
 def convolve(parts: Sequence[torch.Tensor], weight, bias, **options) -> torch.Tensor:
     """
     The convolution of the concatenated `parts` (each (B, C_i, H, W)), as a sum over them: the concatenation, which is
-    wider than what comes of it, never exists. Wide parts go in pieces as well, since the library adds up all the
-    products of a sum one after the other: in float32 the shorter sums, added at the end, lose fewer digits.
+    wider than what comes of it, never exists.
     """
-    parts = [piece for part in parts for piece in part.split(CHANNELS_OF_A_SUM, dim=1)]
     first, *others = zip(parts, weight.split([part.shape[1] for part in parts], dim=1), strict=True)
     output = F.conv2d(*first, bias, **options)
     for part in others:

@@ -120,6 +120,8 @@ class BiRefNetPreTrainedModel(PreTrainedModel):
             pretrained_model_name_or_path, *model_args, config=config, state_dict=state_dict, **kwargs
         )
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info=True
+        if {"cpu", "disk"} & set(getattr(model, "hf_device_map", {}).values()):
+            load_blocks_whole(model)
         if model.config.freeze_backbone:  # loading has put new parameters into the place of the frozen ones
             model.bb.requires_grad_(False)
         return loaded
@@ -249,6 +251,32 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
         if self.config.multi_scale_input == "add":
             return [full + half for full, half in zip(features, half_features, strict=True)]
         return [torch.cat([full, half], dim=1) for full, half in zip(features, half_features, strict=True)]
+
+
+def load_blocks_whole(model: PreTrainedModel):
+    """
+    Makes each block whose weights lie on the disk or in another memory fetch all of them when it is called.
+
+    accelerate fetches them layer by layer, as the layers are called, but blocks use their layers' weights directly.
+    """
+    try:  # outside of a `try` transformers would require it of everyone
+        from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+        from accelerate.utils import PrefixedDataset
+    except ImportError as error:
+        raise ImportError("Weights in several places need accelerate: `pip install accelerate`.") from error
+    whole: list[str] = []
+    for name, block in model.named_modules():
+        if type(block).__name__ not in model._no_split_modules or name.startswith(tuple(whole)):
+            continue
+        hooks = [getattr(module, "_hf_hook", None) for module in block.modules()]
+        hook = next((hook for hook in hooks if isinstance(hook, AlignDevicesHook) and hook.offload), None)
+        if hook is None:
+            continue
+        whole.append(f"{name}.")
+        weights = PrefixedDataset(hook.weights_map.dataset, f"{name}.")
+        remove_hook_from_module(block, recurse=True)
+        options = {"weights_map": weights, "offload_buffers": hook.offload_buffers, "place_submodules": True}
+        add_hook_to_module(block, AlignDevicesHook(hook.execution_device, offload=True, **options))
 
 
 def dtype_of(state_dict: dict[str, torch.Tensor]) -> torch.dtype:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypedDict
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch.nn import functional as F
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature, get_size_dict
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ChannelDimension
@@ -37,8 +37,12 @@ def _open_image(source: Any, timeout: float | None) -> Image.Image:
 
 
 def _image_to_rgb(image: Image.Image) -> Image.Image:
-    """Upright 8-bit RGB of a PIL image of any mode; transparency is dropped, not composited."""
-    image = ImageOps.exif_transpose(image)
+    """
+    Upright 8-bit RGB of a PIL image of any mode; transparency is dropped, not composited. What is so already is not
+    copied: a photo passes here once for each thing that is done with it.
+    """
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit gray, which PIL would cut off at 255; "I" is how some such files open
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
@@ -48,7 +52,8 @@ def _image_to_rgb(image: Image.Image) -> Image.Image:
         return _array_to_image(np.asarray(image))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the same colours as directly, without PIL's warning
-    return image.convert("RGB")
+    in_memory = type(image) is Image.Image  # a file's own picture is gone when the file is closed
+    return image if image.mode == "RGB" and in_memory else image.convert("RGB")
 
 
 def _check_values(image: np.ndarray | torch.Tensor) -> None:
@@ -175,6 +180,13 @@ def load_photo(image: Any, input_data_format: str | None = None, timeout: float 
         raise ValueError(f"cannot read {name}: it is no image, or of a format that Pillow does not know") from error
     except Exception as error:  # decoders raise almost anything on damaged data
         raise ValueError(f"cannot read {name}: {error or type(error).__name__}") from error
+
+
+def _resized_matte(matte: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """(1, h, w) to (height, width) = `size`."""
+    if matte.shape[-2:] == size:
+        return matte[0]
+    return F.interpolate(matte[None], size=size, mode="bilinear", antialias=True)[0, 0].clamp_(0, 1)
 
 
 def _as_list(images: Any) -> list:
@@ -481,10 +493,7 @@ class BiRefNetImageProcessor(BaseImageProcessor):
             if len(photos) != len(mattes):
                 raise ValueError(f"got {len(photos)} photos for {len(mattes)} images: one is needed for each")
             mattes = [self._guided(*pair) for pair in zip(mattes, photos, strict=True)]
-        return [
-            F.interpolate(matte[None], size=size, mode="bilinear", antialias=True)[0, 0].clamp_(0, 1)
-            for matte, size in zip(mattes, target_sizes, strict=True)
-        ]
+        return [_resized_matte(matte, size) for matte, size in zip(mattes, target_sizes, strict=True)]
 
     def _guided(self, matte: torch.Tensor, photo: Any) -> torch.Tensor:
         """The matte (1, h, w) at the photo's size and with its edges, if the photo is larger than the matte."""

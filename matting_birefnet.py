@@ -273,13 +273,13 @@ def guided_upsampling(
         )
     functions = _functions_of_colour(matte, small_photo / 255, radius, epsilon)  # (4, h, w)
     height, width = photo.shape[-2:]
-    step, bands = max(_PIXELS_PER_BAND // width, 1), []
+    step, large_matte = max(_PIXELS_PER_BAND // width, 1), matte.new_empty(height, width)
     for top in range(0, height, step):
         colours = photo[:, top : top + step] / 255
         band = _rows_resized(functions, slice(top, top + colours.shape[1]), height)  # (4, rows, w)
         band = F.interpolate(band[None], size=colours.shape[1:], mode="bilinear")[0]
-        bands.append((band[:3] * colours).sum(0).add_(band[3]).clamp_(0, 1))
-    return torch.cat(bands)
+        torch.sum(band[:3] * colours, 0, out=large_matte[top : top + step]).add_(band[3]).clamp_(0, 1)
+    return large_matte
 
 
 def _functions_of_colour(matte: torch.Tensor, photo: torch.Tensor, radius: int, epsilon: float) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Photos through decoding, network and writing: the three run at the same time, a bounded number of photos apart."""
+"""Photos through decoding, network and writing, in threads that keep the whole machine busy."""
 
 import os
 import sys
@@ -21,8 +21,7 @@ def cut_out_photos(
     """
     Cuts out photo after photo and reports each when it is done, in the order of the jobs.
 
-    The network runs in the calling thread; other threads decode the photos ahead of it, and finish and write those
-    behind it. An error is kept to the photo that it concerns.
+    An error is kept to the photo that it concerns.
 
     Args:
         jobs: the photos, and where their results go.
@@ -33,34 +32,63 @@ def cut_out_photos(
         options: those of the pipeline's call, such as `return_mask` and `background`.
     """
     stages = _Stages(remover, batch_size, picture_format, overwrite, options)
+    return _on_cores(stages, jobs) if remover.device.type == "cpu" else _beside_an_accelerator(stages, jobs)
+
+
+def _on_cores(stages: "_Stages", jobs: list[Job]) -> Iterator[Report]:
+    """
+    Two batches at a time, each from file to file with half of the cores.
+
+    Cores that share a photo wait for each other at every operation, and all for one where it decodes or encodes.
+    """
+    import torch  # here, since it takes a second, and the command line reads this module for its help
+
+    cores = torch.get_num_threads()
+    batches = [jobs[start : start + stages.batch_size] for start in range(0, len(jobs), stages.batch_size)]
+    count = max(1, min(2, cores, len(batches)))
+    with _networks_stopped_by() as stop, _threads(count, "photo", torch.set_num_threads, cores // count) as executor:
+        try:
+            for reports in bounded_map(executor, stages.cut_out, batches, ahead=2 * count):
+                yield from reports
+        finally:  # also on Ctrl-C, which reaches the main thread alone; else there is no network left to stop
+            stop.set()
+            torch.set_num_threads(cores)  # which threads to come inherit
+
+
+@contextmanager
+def _networks_stopped_by() -> Iterator[threading.Event]:
+    """An event that ends the networks of all threads, which take seconds, at their next layer."""
+    import torch
+
+    stop = threading.Event()
+
+    def stop_here(module, inputs):
+        if stop.is_set():
+            raise KeyboardInterrupt
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(stop_here)
+    try:
+        yield stop
+    finally:
+        hook.remove()
+
+
+def _beside_an_accelerator(stages: "_Stages", jobs: list[Job]) -> Iterator[Report]:
+    """The network runs in the calling thread; others decode the photos ahead of it, finish and write those behind."""
     count = min(4, os.cpu_count() or 1)
     with _threads(count, "decode") as decoders, _threads(count, "finish") as finishers:
-        decoded = bounded_map(decoders, stages.decode, jobs, ahead=batch_size + count)
+        decoded = bounded_map(decoders, stages.decode, jobs, ahead=stages.batch_size + count)
         computed = stages.run_network(decoded)
         yield from bounded_map(finishers, stages.finish, computed, ahead=count + 1)
 
 
 @contextmanager
-def _threads(count: int, name: str) -> Iterator[Executor]:
-    executor = ThreadPoolExecutor(count, thread_name_prefix=name, initializer=_give_way)
+def _threads(count: int, name: str, at_start: Callable | None = None, *arguments) -> Iterator[Executor]:
+    executor = ThreadPoolExecutor(count, name, at_start, arguments)
     try:
         yield executor
     finally:  # also on Ctrl-C: what runs is completed (a result is written whole), what waits is dropped
         executor.shutdown(wait=True, cancel_futures=True)
-
-
-def _give_way() -> None:
-    """
-    Leaves the processor to the network and takes what remains of it.
-
-    A network on a CPU has a thread on each core, and these wait for each other all the time: what takes the core of
-    one holds up all. Threads of least priority work in the gaps, and on all cores whenever the network waits for them.
-    """
-    import torch  # here, since it takes a second, and the command line reads this module for its help
-
-    torch.set_num_threads(1)  # of this thread's own operations
-    if sys.platform == "linux":  # where threads have priorities of their own
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def bounded_map(executor: Executor, function: Callable, items: Iterable, ahead: int) -> Iterator:
@@ -96,6 +124,9 @@ class _Stages:
         self.options = options
         # A mask of its own needs no more of a photo than the network sees; all else needs all of its pixels.
         self.sufficient_side = _draft_side(remover.image_processor) if options.get("return_mask") else None
+
+    def cut_out(self, jobs: list[Job]) -> list[Report]:
+        return [self.finish(photo) for photo in self.run_network(map(self.decode, jobs))]
 
     def decode(self, job: Job) -> _PhotoInWork:
         photo = _PhotoInWork(job, Report(job.source.name))

@@ -1,7 +1,5 @@
 """birefnet.cutout_stages: order, bounds and the containment of errors, with a pipeline that only pretends."""
 
-import os
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +18,8 @@ from birefnet.photo_files import PhotoSource
 class PretendedRemover:
     """Takes photos as `BiRefNetPipeline` does; its network refuses batches with a photo of one given width."""
 
-    def __init__(self, refused_width=None):
+    def __init__(self, refused_width=None, device="cpu"):
+        self.device = torch.device(device)
         self.image_processor = SimpleNamespace(
             do_dynamic_resize=False, do_guided_upsampling=False, size={"height": 64, "width": 64}
         )
@@ -63,30 +62,37 @@ def test_photos_are_batched_reported_in_order_and_written(tmp_path):
         assert Image.open(report.output).size == report.size
 
 
-def test_only_the_network_runs_in_the_calling_thread(tmp_path):
-    remover = PretendedRemover()
+def test_beside_an_accelerator_only_the_network_runs_in_the_calling_thread(tmp_path):
+    remover = PretendedRemover(device="cuda")
     list(cut_out_photos(make_jobs(tmp_path, 3), remover, batch_size=1, picture_format="png"))
     assert remover.threads["forward"] == {threading.get_ident()}
     assert threading.get_ident() not in remover.threads["preprocess"] | remover.threads["postprocess"]
 
 
-def test_all_but_the_network_gives_way_to_it(tmp_path, monkeypatch):
-    def state():
-        return torch.get_num_threads(), os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+@pytest.mark.parametrize("count, lanes", [(1, 1), (5, 2)])
+def test_on_a_cpu_two_photos_share_the_cores_and_a_single_one_has_all(tmp_path, monkeypatch, count, lanes):
+    remover, threads, at_once, most_at_once = PretendedRemover(), set(), 0, 0
+    forward = remover.forward
 
-    def watched(stage, method):
-        def call(*given, **options):
-            found[stage] = state()
-            return method(*given, **options)
+    def watched(items):
+        nonlocal at_once, most_at_once
+        at_once += 1
+        most_at_once = max(most_at_once, at_once)
+        threads.add(torch.get_num_threads())
+        time.sleep(0.1)
+        at_once -= 1
+        return forward(items)
 
-        return call
-
-    remover, found, before = PretendedRemover(), {}, state()
-    for stage in ("preprocess", "forward", "postprocess"):
-        monkeypatch.setattr(remover, stage, watched(stage, getattr(remover, stage)))
-    list(cut_out_photos(make_jobs(tmp_path, 2), remover, batch_size=1, picture_format="png"))
-    least = (1, 19 if sys.platform == "linux" else before[1])
-    assert found == {"preprocess": least, "forward": before, "postprocess": least}
+    monkeypatch.setattr(remover, "forward", watched)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        list(cut_out_photos(make_jobs(tmp_path, count), remover, batch_size=1, picture_format="png"))
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+    assert most_at_once == lanes
+    assert threads == {4 // lanes}
 
 
 def test_bad_photos_and_failing_batches_cost_no_other_photo(tmp_path):
@@ -169,3 +175,22 @@ def test_an_interruption_stops_the_threads(tmp_path):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith(("decode", "finish"))]
     assert len(remover.batches) < 20
     assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_an_interruption_ends_a_running_network_at_its_next_layer(tmp_path, monkeypatch):
+    remover, layer, layers_run = PretendedRemover(), torch.nn.Identity(), []
+    forward = remover.forward
+
+    def slow_from_the_second_photo_on(items):
+        for _ in range(1000 if items[0]["photo"].width > 1 else 0):
+            layers_run.append(layer(1))
+            time.sleep(0.01)
+        return forward(items)
+
+    monkeypatch.setattr(remover, "forward", slow_from_the_second_photo_on)
+    reports = cut_out_photos(make_jobs(tmp_path, 2), remover, batch_size=1, picture_format="png")
+    next(reports)
+    with pytest.raises(KeyboardInterrupt):
+        reports.throw(KeyboardInterrupt)
+    assert len(layers_run) < 1000
+    assert layer(2) == 2, "later calls are not stopped"

@@ -1,5 +1,6 @@
 """Backbones of BiRefNet: Swin Transformer v1 in the layout of the official checkpoints, and any timm model."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -202,9 +203,12 @@ class WindowAttention(nn.Module):
         Returns:
             What each place of the windows attended to, (B·windows·w², C), before `proj`.
         """
+        return concatenate(self.attend_tile_by_tile(hidden_states, order), order.tokens.shape[0])
+
+    def attend_tile_by_tile(self, hidden_states: torch.Tensor, order: WindowOrder) -> Iterator[torch.Tensor]:
         bias = self.relative_position_bias()
         places, channels = self.window_size**2, hidden_states.shape[-1]
-        attended, start = [], 0
+        start = 0
         for number, mask in order.groups:
             group_bias = bias if mask is None else bias + mask
             for part in tiles(number, 3 * places * channels, hidden_states):
@@ -212,9 +216,8 @@ class WindowAttention(nn.Module):
                 windows = hidden_states.index_select(0, order.tokens[rows])
                 if order.is_token is not None:
                     windows = windows * order.is_token[rows]
-                attended.append(self.attend(windows.view(-1, places, channels), group_bias))
+                yield self.attend(windows.view(-1, places, channels), group_bias)
             start += number
-        return concatenate(attended)
 
     def attend(self, windows: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:  # (n, w², C) → (n·w², C)
         number, tokens, channels = windows.shape
@@ -254,9 +257,8 @@ class SwinBlock(GradientCheckpointingLayer):
         attended = self.attn(self.norm1(hidden_states), order)
         number, channels = hidden_states.shape
         parts = [slice(0, number)] if self.training else tiles(number, 4 * channels, hidden_states)
-        return concatenate(
-            [self.mix(hidden_states[part], attended, order.places[part], order.batch) for part in parts]
-        )
+        mixed = (self.mix(hidden_states[part], attended, order.places[part], order.batch) for part in parts)
+        return concatenate(mixed, number)
 
     def mix(
         self, hidden_states: torch.Tensor, attended: torch.Tensor, places: torch.Tensor, batch: int

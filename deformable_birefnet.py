@@ -1,13 +1,13 @@
 """Modulated deformable convolution in plain PyTorch, and the atrous spatial pyramid pooling built from it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .layers_birefnet import convolve_and_normalize, fold_batch_norm, tiles
+from .layers_birefnet import concatenate, convolve_and_normalize, fold_batch_norm, tiles
 
 
 # Samples of one tile of rows where no cache is to be filled; bounds the memory.
@@ -49,15 +49,20 @@ def deformable_convolution(
     taps = kernel_size**2
     pixels = F.pad(hidden_states.permute(0, 2, 3, 1), (0, 0, 2, 2, 2, 2)).view(-1, channels)  # with borders of zeros
     kernel = weight.permute(0, 2, 3, 1).reshape(out_channels, taps * channels)
-    parts = []
-    images = 1 if torch.compiler.is_compiling() else batch  # it may be symbolic there, and their number may not
-    row_size = images * width * max(taps * channels, out_channels)
-    for rows in tiles(height, row_size, hidden_states, TILE_BYTES):
-        indices, shares = _neighbours(offsets[:, :, rows], modulation[:, :, rows], kernel_size, rows.start, height)
-        samples = F.embedding_bag(indices, pixels, per_sample_weights=shares.to(pixels.dtype), mode="sum")
-        tile = F.linear(samples.view(-1, taps * channels), kernel, bias).view(batch, -1, width, out_channels)
-        parts.append(tile if finish is None else finish(tile))
-    return torch.cat(parts, dim=1).permute(0, 3, 1, 2)
+
+    def tile_by_tile() -> Iterator[torch.Tensor]:  # (B, rows, W, out channels) each
+        images = 1 if torch.compiler.is_compiling() else batch  # it may be symbolic there, and their number may not
+        row_size = images * width * max(taps * channels, out_channels)
+        # Indices and shares are much smaller than the samples, and so are made for several tiles at once.
+        for band in tiles(height, images * width * taps * 8, modulation, TILE_BYTES):
+            around = _neighbours(offsets[:, :, band], modulation[:, :, band], kernel_size, band.start, height)
+            for rows in tiles(around[0].shape[1], row_size, hidden_states, TILE_BYTES):
+                indices, shares = (values[:, rows].reshape(-1, 4) for values in around)
+                samples = F.embedding_bag(indices, pixels, per_sample_weights=shares.to(pixels.dtype), mode="sum")
+                tile = F.linear(samples.view(-1, taps * channels), kernel, bias).view(batch, -1, width, out_channels)
+                yield tile if finish is None else finish(tile)
+
+    return concatenate(tile_by_tile(), height, dim=1).permute(0, 3, 1, 2)
 
 
 def _check_shapes(hidden_states, offsets, modulation, weight):
@@ -72,8 +77,8 @@ def _check_shapes(hidden_states, offsets, modulation, weight):
 
 def _neighbours(offsets, modulation, kernel_size, first_row, height):
     """
-    For each sample the indices (N, 4) of the pixels around it among the B·(H+4)·(W+4) of the batch with its borders of
-    zeros, and their shares (N, 4): bilinear weight × modulation. N runs over batch, row, column and tap.
+    For each sample the indices of the pixels around it among the B·(H+4)·(W+4) of the batch with its borders of zeros,
+    and their shares, bilinear weight × modulation: (B, rows, W, k², 4) both.
     """
     batch, _, rows, width = offsets.shape
     device, padding = offsets.device, kernel_size // 2
@@ -96,7 +101,7 @@ def _neighbours(offsets, modulation, kernel_size, first_row, height):
     top_share = modulation - bottom_share
     top_right, bottom_right = top_share * right_share, bottom_share * right_share
     shares = torch.stack([top_share - top_right, top_right, bottom_share - bottom_right, bottom_right], dim=-1)
-    return indices.view(-1, 4), shares.view(-1, 4)
+    return indices, shares
 
 
 def _place_on_axis(place, size):

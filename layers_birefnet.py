@@ -1,6 +1,6 @@
 """Operations that several parts of BiRefNet share."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,9 @@ from torch import nn
 # What one tile of rows holds at its widest. On a CPU it should stay in the cache from one operation to the next, and
 # memory of this size is used again, where each larger piece is fetched anew from the system, page by page.
 CPU_TILE_BYTES = 4 * 2**20
+# Channels that one sum of a wide float32 convolution runs over on a CPU, where such a sum is one long chain: shorter
+# ones lose fewer digits on the way.
+CHANNELS_OF_A_SUM = 176
 
 
 def tiles(number: int, width: int, like: torch.Tensor, elsewhere: int | None = None) -> list[slice]:
@@ -25,9 +28,24 @@ def tiles(number: int, width: int, like: torch.Tensor, elsewhere: int | None = N
     return [slice(first, min(first + step, number)) for first in range(0, number, step)]
 
 
-def concatenate(parts: list[torch.Tensor]) -> torch.Tensor:
-    """`torch.cat` along the first dimension, which copies nothing if there is one part."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def concatenate(parts: Iterable[torch.Tensor], number: int, dim: int = 0) -> torch.Tensor:
+    """
+    `torch.cat` of tiles that together have `number` rows. Without gradients each is put in its place as soon as it is
+    computed, so that the next one uses its memory again.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        parts = list(parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+    whole, start = None, 0
+    for part in parts:
+        rows = part.shape[dim]
+        if rows == number:
+            return part
+        if whole is None:
+            whole = part.new_empty(*part.shape[:dim], number, *part.shape[dim + 1 :])
+        whole.narrow(dim, start, rows).copy_(part)
+        start += rows
+    return whole
 
 
 def resize(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -60,11 +78,17 @@ def convolve(parts: Sequence[torch.Tensor], weight, bias, **options) -> torch.Te
     The convolution of the concatenated `parts` (each (B, C_i, H, W)), as a sum over them: the concatenation, which is
     wider than what comes of it, never exists.
     """
+    if parts[0].dtype == torch.float32 and parts[0].device.type == "cpu" and not torch.compiler.is_compiling():
+        parts = [block for part in parts for block in _short_sums(part)]
     first, *others = zip(parts, weight.split([part.shape[1] for part in parts], dim=1), strict=True)
     output = F.conv2d(*first, bias, **options)
     for part in others:
-        output = output + F.conv2d(*part, **options)
+        output += F.conv2d(*part, **options)
     return output
+
+
+def _short_sums(part: torch.Tensor) -> Sequence[torch.Tensor]:
+    return part.split(CHANNELS_OF_A_SUM, dim=1) if part.shape[1] >= 2 * CHANNELS_OF_A_SUM else [part]
 
 
 def convolve_and_normalize(

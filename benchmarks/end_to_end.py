@@ -4,8 +4,8 @@
     python benchmarks/end_to_end.py --model lite --photos 10 --format webp --json out/end_to_end.json
 
 The photos, of 2 to 12 megapixels, are drawn. They are cut out twice: one stage after the other, each timed, and then
-as `birefnet cutout` does it, with decoding and finishing beside the network. The network's own throughput, which the
-second is compared with, is photos over its time in the first.
+as `birefnet cutout` does it: on a CPU two photos at a time, else with decoding and finishing beside the network. The
+network's own throughput, which the second is compared with, is photos over its time in the first.
 """
 
 import argparse
@@ -115,7 +115,7 @@ def decode(file: Path):
 
 
 def run_as_command(files: list[Path], folder: Path, remover, picture_format: str, batch_size: int) -> float:
-    """Seconds of all the photos through the stages of `birefnet cutout`, which overlap."""
+    """Seconds of all the photos in the threads of `birefnet cutout`."""
     jobs = [Job(PhotoSource(file, Path(file.name)), folder / f"{file.stem}.{picture_format}") for file in files]
     start = time.perf_counter()
     for report in cut_out_photos(jobs, remover, batch_size=batch_size, picture_format=picture_format, overwrite=True):

@@ -4,7 +4,7 @@
     python benchmarks/end_to_end.py --model lite --photos 10 --format webp --json out/end_to_end.json
 
 The photos, of 2 to 12 megapixels, are drawn. They are cut out twice: one stage after the other, each timed, and then
-as `birefnet cutout` does it: on a CPU two photos at a time, else with decoding and finishing beside the network. The
+as `birefnet cutout` does it: all stages at the same time, and on a CPU two networks, each on half of the cores. The
 network's own throughput, which the second is compared with, is photos over its time in the first.
 """
 

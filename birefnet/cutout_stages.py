@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 from birefnet.cutout_jobs import Job, Report
 from birefnet.photo_files import encode_picture, read_photo, write_whole
@@ -21,7 +21,9 @@ def cut_out_photos(
     """
     Cuts out photo after photo and reports each when it is done, in the order of the jobs.
 
-    An error is kept to the photo that it concerns.
+    Decoding, network and finishing each have threads of their own, so that none waits for another. On a CPU two
+    networks run at a time, each on half of the cores: cores that share a photo wait for each other at every operation,
+    and all of them for whichever is busy decoding. An error is kept to the photo that it concerns.
 
     Args:
         jobs: the photos, and where their results go.
@@ -31,28 +33,38 @@ def cut_out_photos(
         overwrite: whether results that have appeared since the jobs were planned are replaced.
         options: those of the pipeline's call, such as `return_mask` and `background`.
     """
-    stages = _Stages(remover, batch_size, picture_format, overwrite, options)
-    return _on_cores(stages, jobs) if remover.device.type == "cpu" else _beside_an_accelerator(stages, jobs)
-
-
-def _on_cores(stages: "_Stages", jobs: list[Job]) -> Iterator[Report]:
-    """
-    Two batches at a time, each from file to file with half of the cores.
-
-    Cores that share a photo wait for each other at every operation, and all for one where it decodes or encodes.
-    """
     import torch  # here, since it takes a second, and the command line reads this module for its help
 
+    stages = _Stages(remover, picture_format, overwrite, options)
     cores = torch.get_num_threads()
-    batches = [jobs[start : start + stages.batch_size] for start in range(0, len(jobs), stages.batch_size)]
-    count = max(1, min(2, cores, len(batches)))
-    with _networks_stopped_by() as stop, _threads(count, "photo", torch.set_num_threads, cores // count) as executor:
+    helpers = max(1, min(4, os.cpu_count() or 1, len(jobs)))
+    networks = max(1, min(2, cores, len(jobs) // batch_size)) if remover.device.type == "cpu" else 1
+    with (
+        _networks_stopped_by() as stop,
+        _threads(helpers, "decode", cores) as decoding,
+        _threads(networks, "network", cores) as computing,
+        _threads(helpers, "finish", cores) as finishing,
+    ):
         try:
-            for reports in bounded_map(executor, stages.cut_out, batches, ahead=2 * count):
-                yield from reports
+            decoded = bounded_map(decoding, stages.decode, jobs, ahead=networks * batch_size + helpers)
+            batches = iter(lambda: list(islice(decoded, batch_size)), [])
+            computed = bounded_map(computing, stages.run_network, batches, ahead=2 * networks)
+            yield from bounded_map(finishing, stages.finish, chain.from_iterable(computed), ahead=helpers + 1)
         finally:  # also on Ctrl-C, which reaches the main thread alone; else there is no network left to stop
             stop.set()
             torch.set_num_threads(cores)  # which threads to come inherit
+
+
+@contextmanager
+def _threads(count: int, name: str, cores: int) -> Iterator[Executor]:
+    """Threads that share the cores in what they compute."""
+    import torch
+
+    executor = ThreadPoolExecutor(count, name, torch.set_num_threads, (max(1, cores // count),))
+    try:
+        yield executor
+    finally:  # also on Ctrl-C: what runs is completed (a result is written whole), what waits is dropped
+        executor.shutdown(wait=True, cancel_futures=True)
 
 
 @contextmanager
@@ -71,24 +83,6 @@ def _networks_stopped_by() -> Iterator[threading.Event]:
         yield stop
     finally:
         hook.remove()
-
-
-def _beside_an_accelerator(stages: "_Stages", jobs: list[Job]) -> Iterator[Report]:
-    """The network runs in the calling thread; others decode the photos ahead of it, finish and write those behind."""
-    count = min(4, os.cpu_count() or 1)
-    with _threads(count, "decode") as decoders, _threads(count, "finish") as finishers:
-        decoded = bounded_map(decoders, stages.decode, jobs, ahead=stages.batch_size + count)
-        computed = stages.run_network(decoded)
-        yield from bounded_map(finishers, stages.finish, computed, ahead=count + 1)
-
-
-@contextmanager
-def _threads(count: int, name: str, at_start: Callable | None = None, *arguments) -> Iterator[Executor]:
-    executor = ThreadPoolExecutor(count, name, at_start, arguments)
-    try:
-        yield executor
-    finally:  # also on Ctrl-C: what runs is completed (a result is written whole), what waits is dropped
-        executor.shutdown(wait=True, cancel_futures=True)
 
 
 def bounded_map(executor: Executor, function: Callable, items: Iterable, ahead: int) -> Iterator:
@@ -116,17 +110,13 @@ class _PhotoInWork:
 
 
 class _Stages:
-    def __init__(self, remover, batch_size: int, picture_format: str, overwrite: bool, options: dict):
+    def __init__(self, remover, picture_format: str, overwrite: bool, options: dict):
         self.remover = remover
-        self.batch_size = batch_size
         self.picture_format = picture_format
         self.overwrite = overwrite
         self.options = options
         # A mask of its own needs no more of a photo than the network sees; all else needs all of its pixels.
         self.sufficient_side = _draft_side(remover.image_processor) if options.get("return_mask") else None
-
-    def cut_out(self, jobs: list[Job]) -> list[Report]:
-        return [self.finish(photo) for photo in self.run_network(map(self.decode, jobs))]
 
     def decode(self, job: Job) -> _PhotoInWork:
         photo = _PhotoInWork(job, Report(job.source.name))
@@ -137,15 +127,14 @@ class _Stages:
             photo.data["target_size"] = decoded.size[::-1]
         return photo
 
-    def run_network(self, photos: Iterator[_PhotoInWork]) -> Iterator[_PhotoInWork]:
-        """Batches of `batch_size`. One that fails is run again photo by photo, for the sake of the sound ones."""
-        while batch := list(islice(photos, self.batch_size)):
-            sound = [photo for photo in batch if photo.report.error is None]
-            if not self._forward(sound) and len(sound) > 1:
-                for photo in sound:
-                    photo.report.error = None
-                    self._forward([photo])
-            yield from batch
+    def run_network(self, batch: list[_PhotoInWork]) -> list[_PhotoInWork]:
+        """A batch that fails is run again photo by photo, for the sake of the sound ones."""
+        sound = [photo for photo in batch if photo.report.error is None]
+        if not self._forward(sound) and len(sound) > 1:
+            for photo in sound:
+                photo.report.error = None
+                self._forward([photo])
+        return batch
 
     def _forward(self, photos: list[_PhotoInWork]) -> bool:
         """Replaces the photos' inputs by outputs; False if that failed."""

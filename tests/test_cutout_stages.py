@@ -1,5 +1,6 @@
 """birefnet.cutout_stages: order, bounds and the containment of errors, with a pipeline that only pretends."""
 
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -25,14 +26,11 @@ class PretendedRemover:
         )
         self.refused_width = refused_width
         self.batches = []
-        self.threads = {"preprocess": set(), "forward": set(), "postprocess": set()}
 
     def preprocess(self, image):
-        self.threads["preprocess"].add(threading.get_ident())
         return {"photo": image}
 
     def forward(self, items):
-        self.threads["forward"].add(threading.get_ident())
         widths = [item["photo"].width for item in items]
         self.batches.append(widths)
         if self.refused_width in widths:
@@ -40,7 +38,6 @@ class PretendedRemover:
         return items
 
     def postprocess(self, item, **options):
-        self.threads["postprocess"].add(threading.get_ident())
         return item["photo"].convert("L" if options.get("return_mask") else "RGBA")
 
 
@@ -62,28 +59,22 @@ def test_photos_are_batched_reported_in_order_and_written(tmp_path):
         assert Image.open(report.output).size == report.size
 
 
-def test_beside_an_accelerator_only_the_network_runs_in_the_calling_thread(tmp_path):
-    remover = PretendedRemover(device="cuda")
-    list(cut_out_photos(make_jobs(tmp_path, 3), remover, batch_size=1, picture_format="png"))
-    assert remover.threads["forward"] == {threading.get_ident()}
-    assert threading.get_ident() not in remover.threads["preprocess"] | remover.threads["postprocess"]
+@pytest.mark.parametrize("device, count, networks", [("cpu", 1, 1), ("cpu", 5, 2), ("cuda", 5, 1)])
+def test_stages_have_threads_of_their_own_which_share_the_cores(tmp_path, monkeypatch, device, count, networks):
+    def watched(stage, method):
+        def call(*given, **options):
+            now.append(stage)
+            threads.setdefault(stage, set()).add((threading.get_ident(), torch.get_num_threads()))
+            most["at once"] = max(most["at once"], now.count("forward"))
+            time.sleep(0.1)
+            now.remove(stage)
+            return method(*given, **options)
 
+        return call
 
-@pytest.mark.parametrize("count, lanes", [(1, 1), (5, 2)])
-def test_on_a_cpu_two_photos_share_the_cores_and_a_single_one_has_all(tmp_path, monkeypatch, count, lanes):
-    remover, threads, at_once, most_at_once = PretendedRemover(), set(), 0, 0
-    forward = remover.forward
-
-    def watched(items):
-        nonlocal at_once, most_at_once
-        at_once += 1
-        most_at_once = max(most_at_once, at_once)
-        threads.add(torch.get_num_threads())
-        time.sleep(0.1)
-        at_once -= 1
-        return forward(items)
-
-    monkeypatch.setattr(remover, "forward", watched)
+    remover, now, threads, most = PretendedRemover(device=device), [], {}, {"at once": 0}
+    for stage in ("preprocess", "forward", "postprocess"):
+        monkeypatch.setattr(remover, stage, watched(stage, getattr(remover, stage)))
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
@@ -91,8 +82,11 @@ def test_on_a_cpu_two_photos_share_the_cores_and_a_single_one_has_all(tmp_path, 
         assert torch.get_num_threads() == 4
     finally:
         torch.set_num_threads(before)
-    assert most_at_once == lanes
-    assert threads == {4 // lanes}
+    assert most["at once"] == networks
+    assert {cores for _, cores in threads["forward"]} == {4 // networks}
+    identities = [{identity for identity, _ in threads[stage]} for stage in threads]
+    assert len(set.union(*identities)) == sum(map(len, identities)), "a thread of two stages"
+    assert threading.get_ident() not in set.union(*identities)
 
 
 def test_bad_photos_and_failing_batches_cost_no_other_photo(tmp_path):
@@ -172,25 +166,25 @@ def test_an_interruption_stops_the_threads(tmp_path):
     next(reports)
     with pytest.raises(KeyboardInterrupt):
         reports.throw(KeyboardInterrupt)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("decode", "finish"))]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("decode", "network", "finish"))]
     assert len(remover.batches) < 20
     assert not list((tmp_path / "out").glob(".*"))
 
 
-def test_an_interruption_ends_a_running_network_at_its_next_layer(tmp_path, monkeypatch):
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="this system cannot send a signal to a thread")
+def test_ctrl_c_ends_a_running_network_at_its_next_layer(tmp_path, monkeypatch):
     remover, layer, layers_run = PretendedRemover(), torch.nn.Identity(), []
-    forward = remover.forward
 
-    def slow_from_the_second_photo_on(items):
-        for _ in range(1000 if items[0]["photo"].width > 1 else 0):
-            layers_run.append(layer(1))
+    def slow_network(items):
+        for number in range(1000):
+            layers_run.append(layer(number))
+            if number == 10:
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             time.sleep(0.01)
-        return forward(items)
+        return items
 
-    monkeypatch.setattr(remover, "forward", slow_from_the_second_photo_on)
-    reports = cut_out_photos(make_jobs(tmp_path, 2), remover, batch_size=1, picture_format="png")
-    next(reports)
+    monkeypatch.setattr(remover, "forward", slow_network)
     with pytest.raises(KeyboardInterrupt):
-        reports.throw(KeyboardInterrupt)
+        list(cut_out_photos(make_jobs(tmp_path, 1), remover, batch_size=1, picture_format="png"))
     assert len(layers_run) < 1000
     assert layer(2) == 2, "later calls are not stopped"

@@ -314,6 +314,8 @@ def test_ctrl_c_leaves_whole_results_only(tiny_model_folder, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # Tests that a script started in the background ignore the signal, and so would the command.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         # The pipe holds some of the results' names: the command waits for us and cannot have ended before the signal.

@@ -184,7 +184,12 @@ def test_ctrl_c_ends_a_running_network_at_its_next_layer(tmp_path, monkeypatch):
         return items
 
     monkeypatch.setattr(remover, "forward", slow_network)
-    with pytest.raises(KeyboardInterrupt):
-        list(cut_out_photos(make_jobs(tmp_path, 1), remover, batch_size=1, picture_format="png"))
+    # Tests that a script started in the background ignore the signal.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(cut_out_photos(make_jobs(tmp_path, 1), remover, batch_size=1, picture_format="png"))
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert len(layers_run) < 1000
     assert layer(2) == 2, "later calls are not stopped"

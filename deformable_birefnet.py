@@ -53,8 +53,8 @@ def deformable_convolution(
     def tile_by_tile() -> Iterator[torch.Tensor]:  # (B, rows, W, out channels) each
         images = 1 if torch.compiler.is_compiling() else batch  # it may be symbolic there, and their number may not
         row_size = images * width * max(taps * channels, out_channels)
-        # Indices and shares are much smaller than the samples, and so are made for several tiles at once.
-        for band in tiles(height, images * width * taps * 8, modulation, TILE_BYTES):
+        # Indices and shares are smaller than the samples: a CPU's cache holds those of several tiles.
+        for band in tiles(height, images * width * taps * 8, modulation, TILE_BYTES // 8):
             around = _neighbours(offsets[:, :, band], modulation[:, :, band], kernel_size, band.start, height)
             for rows in tiles(around[0].shape[1], row_size, hidden_states, TILE_BYTES):
                 indices, shares = (values[:, rows].reshape(-1, 4) for values in around)

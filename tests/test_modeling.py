@@ -106,6 +106,8 @@ def test_training_outputs_equal_the_published_model(name, reference_model):
     for i, value in enumerate(output.gradient_logits or ()):
         assert difference(name, f"train.gradient_logits.{i}", value) < TOLERANCE
     for i, value in enumerate(output.gradient_targets or ()):
+        # 1.6e-5 at most on AVX-512. The reference's own rounding takes most of it (the next test is without ours), so
+        # that a processor that sums in another order may come out above.
         assert difference(name, f"train.gradient_target.{i}", value) < TOLERANCE
 
 

@@ -278,7 +278,7 @@ def guided_upsampling(
         colours = photo[:, top : top + step] / 255
         band = _rows_resized(functions, slice(top, top + colours.shape[1]), height)  # (4, rows, w)
         band = F.interpolate(band[None], size=colours.shape[1:], mode="bilinear")[0]
-        torch.sum(band[:3] * colours, 0, out=large_matte[top : top + step]).add_(band[3]).clamp_(0, 1)
+        large_matte[top : top + step] = (band[:3] * colours).sum(0).add_(band[3]).clamp_(0, 1)
     return large_matte
 
 

@@ -222,7 +222,7 @@ def test_an_unwritable_output_folder_is_reported(cutout, tmp_path, capfd):
     assert (tmp_path / "out").read_text() == "a file where the folder should be"
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root, like Windows, writes everywhere")
 def test_a_read_only_output_folder_is_reported(cutout, tmp_path, capfd):
     draw(40, 30).save(tmp_path / "a.png")
     (tmp_path / "out").mkdir(mode=0o555)

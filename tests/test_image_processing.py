@@ -530,6 +530,15 @@ def test_mattes_follow_larger_photos_where_the_processor_is_told_to(processor):
         guided.post_process_alpha_matte(outputs, sizes, photos[:2])
 
 
+@pytest.mark.parametrize("side", [20, 700], ids=["smaller than the matte", "larger, of several bands"])
+def test_mattes_also_come_of_logits_with_gradients(processor, side):
+    guided = BiRefNetImageProcessor(**{**processor.to_dict(), "do_guided_upsampling": True})
+    outputs, photo = outputs_of(1, 1, 32, 64), Image.new("RGB", (side, side), "red")
+    outputs.logits.requires_grad_()
+    guided.post_process_alpha_matte(outputs, [(side, side)], [photo])[0].sum().backward()
+    assert outputs.logits.grad.isfinite().all() and outputs.logits.grad.abs().sum() > 0
+
+
 def test_mattes_without_target_sizes_and_from_mappings(processor):
     outputs = outputs_of(2, 1, 32, 64)
     mattes = processor.post_process_alpha_matte({"logits": outputs.logits})

@@ -6,6 +6,7 @@ import logging
 import os
 from collections import defaultdict
 from pathlib import Path
+from types import MethodType
 
 import safetensors.torch
 import torch
@@ -56,6 +57,8 @@ class BiRefNetTrainer(Trainer):
         self.backbone_learning_rate = backbone_learning_rate
         self.on_bad_loss = on_bad_loss
         self.bad_names: list[str] = []
+        if self.args.bf16 and self.args.device.type == "cpu":
+            compute_depthwise_in_float32(self.model)
         self.average = self._new_average(average_decay) if average_decay else None
         self.loss_terms: dict[str, torch.Tensor | float] = defaultdict(float)
         self.loss_terms_steps = 0
@@ -230,6 +233,22 @@ class _UpdateCallback(TrainerCallback):
 def _owned(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """safetensors refuses tensors that share memory."""
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state_dict.items()}
+
+
+def compute_depthwise_in_float32(model):
+    """Keeps the depthwise convolutions of a model out of autocast.
+
+    On a CPU their gradients take up to 60 times longer in bfloat16 than in float32, more than all other layers of a
+    small network together (benchmarks/README.md).
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d) and module.groups == module.in_channels > 1:
+            module.forward = MethodType(_forward_in_float32, module)
+
+
+def _forward_in_float32(module: torch.nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        return type(module).forward(module, hidden_states.float()).to(hidden_states.dtype)
 
 
 def freeze_statistics(model):

@@ -187,3 +187,31 @@ def test_sample_matte_is_photo_mask_and_matte(dataset, tmp_path):
     np.testing.assert_allclose(picture[:, :, :64].permute(1, 2, 0), expected, atol=1e-6)
     expected = np.asarray(mask.resize((64, 64), Image.Resampling.BILINEAR)) / 255
     np.testing.assert_allclose(picture[0, :, 64:128], expected, atol=1e-6)
+
+
+def test_depthwise_convolutions_stay_out_of_bfloat16_on_a_cpu(dataset, tmp_path):
+    """In the model and in the copy that averages it: gradients of the weights are those of float32 arithmetic."""
+    model = BiRefNetForImageSegmentation(BiRefNetConfig(**{**TINY_CONFIG, "backbone": "tf_efficientnet_lite0"}))
+    trainer = make_trainer(dataset, tmp_path, model, {"average_decay": 0.9}, bf16=True)
+    for owner in (trainer.model, trainer.average.module):
+        depthwise = next(m for m in owner.modules() if isinstance(m, torch.nn.Conv2d) and m.groups > 1)
+        images = torch.randn(2, depthwise.in_channels, 16, 16).bfloat16()
+        with torch.autocast("cpu", torch.bfloat16):
+            output = depthwise(images)
+        assert output.dtype == torch.bfloat16
+        exact = type(depthwise).forward(depthwise, images.float())
+        assert torch.equal(output, exact.bfloat16())
+        upstream = torch.randn_like(output)
+        found, expected = (
+            torch.autograd.grad(out, depthwise.weight, upstream.to(out.dtype))[0] for out in (output, exact)
+        )
+        assert torch.equal(found, expected)
+        with torch.no_grad():
+            depthwise.weight.add_(1)  # each owner's own weight
+        assert not torch.equal(depthwise(images), output)
+
+
+def test_depthwise_convolutions_are_left_alone_without_bfloat16(dataset, tmp_path):
+    model = BiRefNetForImageSegmentation(BiRefNetConfig(**{**TINY_CONFIG, "backbone": "tf_efficientnet_lite0"}))
+    trainer = make_trainer(dataset, tmp_path, model)
+    assert not any("forward" in vars(module) for module in trainer.model.modules())

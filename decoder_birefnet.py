@@ -90,13 +90,36 @@ class SourceBlock(GradientCheckpointingLayer):
         return torch.cat([top, torch.cat([left, inner, right], dim=3), bottom], dim=2)
 
 
-class LateralBlock(GradientCheckpointingLayer):
+class NeckBlock(GradientCheckpointingLayer):
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.conv(hidden_states)
+
+
+class LateralBlock(NeckBlock):
+    """Joins a map of the encoder to the decoder's deeper one: up(deeper) + conv(up(half) beside or added to full)."""
+
+    def forward(self, deeper: torch.Tensor, full: torch.Tensor, half: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        The convolution is 1×1 and resizing linear with weights that sum to one. So what comes of the image at half its
+        size is convolved at its own size, which is `deeper`'s, and both are resized at once, the bias with them.
+
+        Args:
+            deeper: (B, C, h/2, w/2).
+            full, half: the encoder's map (B, C or C/2, h, w) of the image, and that (…, h/2, w/2) of half its size.
+
+        Returns:
+            (B, C, h, w)
+        """
+        weight, bias = self.conv.weight, self.conv.bias.view(1, -1, 1, 1)
+        if half is not None:
+            are_added = weight.shape[1] == full.shape[1]
+            weight, half_weight = (weight, weight) if are_added else weight.split(full.shape[1], dim=1)
+            deeper = deeper + F.conv2d(half, half_weight)
+        return resize(deeper + bias, full.shape[-2:]) + F.conv2d(full, weight)
 
 
 def image_to_patches(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -130,10 +153,10 @@ class BiRefNetDecoder(nn.Module):
         if needs_neck:
             # Swin-L's channels: what the published decoder has behind a backbone of one stride.
             c1, c2, c3, c4 = (c * (2 if config.multi_scale_input == "concat" else 1) for c in (192, 384, 768, 1536))
-            self.pyramid_neck_x4 = LateralBlock(e4, c4)
-            self.pyramid_neck_x3 = LateralBlock(e3, c3)
-            self.pyramid_neck_x2 = LateralBlock(e2, c2)
-            self.pyramid_neck_x1 = LateralBlock(e1, c1)
+            self.pyramid_neck_x4 = NeckBlock(e4, c4)
+            self.pyramid_neck_x3 = NeckBlock(e3, c3)
+            self.pyramid_neck_x2 = NeckBlock(e2, c2)
+            self.pyramid_neck_x1 = NeckBlock(e1, c1)
 
         s5, s4, s3, s2, s1 = 0, 0, 0, 0, 0  # channels of the source reference
         if config.source_reference is not None:
@@ -163,32 +186,38 @@ class BiRefNetDecoder(nn.Module):
                 self.add_module(f"gdt_convs_pred_{stage}", nn.Sequential(nn.Conv2d(16, 1, 1)))
                 self.add_module(f"gdt_convs_attn_{stage}", nn.Sequential(nn.Conv2d(16, 1, 1)))
 
-    def forward(self, features: list[torch.Tensor], image: torch.Tensor) -> tuple[torch.Tensor, dict[str, tuple]]:
+    def forward(
+        self, laterals: list[tuple[torch.Tensor, ...]], x4: torch.Tensor, image: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, tuple]]:
         """
         Args:
-            features: the encoder's maps from the shallowest to the deepest.
+            laterals: the encoder's maps x1, x2, x3, from the shallowest on: each that of the image and, apart, that of
+                the image at half its size, if there is one.
+            x4: the deepest map, whole.
             image: (B, 3, H, W).
 
         Returns:
             The logits (B, 1, H, W), and in training the `auxiliary_logits`, `gradient_logits` and `gradient_targets`
             of stages 4, 3, 2.
         """
-        x1, x2, x3, x4 = self.build_pyramid(features, image) if self.needs_neck else features
+        if self.needs_neck:
+            laterals, x4 = self.build_pyramid(laterals, x4, image)
+        x1, x2, x3 = laterals
         training_outputs: dict[str, tuple] = {}
         gradient = image_laplacian(image) if self.training and self.config.gradient_reference else None
 
         p4 = self.decoder_block4(x4, *self.see_source(x4, image, 5))
         p4 = self.refer_to_gradient(p4, gradient, 4, training_outputs)
 
-        p3 = resize(p4, x3.shape[-2:]) + self.lateral_block4(x3)
+        p3 = self.lateral_block4(p4, *x3)
         p3 = self.decoder_block3(p3, *self.see_source(p3, image, 4))
         p3 = self.refer_to_gradient(p3, gradient, 3, training_outputs)
 
-        p2 = resize(p3, x2.shape[-2:]) + self.lateral_block3(x2)
+        p2 = self.lateral_block3(p3, *x2)
         p2 = self.decoder_block2(p2, *self.see_source(p2, image, 3))
         p2 = self.refer_to_gradient(p2, gradient, 2, training_outputs)
 
-        p1 = resize(p2, x1.shape[-2:]) + self.lateral_block2(x1)
+        p1 = self.lateral_block2(p2, *x1)
         # The last convolution is 1×1 and resizing is linear with weights that sum to one, so the convolution goes
         # first: one channel is brought to full size instead of 48 to 192.
         head, bias = self.conv_out1[0].weight, self.conv_out1[0].bias
@@ -202,16 +231,19 @@ class BiRefNetDecoder(nn.Module):
     def source_channels(self, level: int) -> int:
         return getattr(self, f"ipt_blk{level}").conv_out.out_channels if self.config.source_reference else 0
 
-    def build_pyramid(self, features: list[torch.Tensor], image: torch.Tensor) -> list[torch.Tensor]:
+    def build_pyramid(
+        self, laterals: list[tuple[torch.Tensor]], x4: torch.Tensor, image: torch.Tensor
+    ) -> tuple[list[tuple[torch.Tensor]], torch.Tensor]:
         """Four maps of one stride → strides 4, 8, 16, 32 with their necks' channels."""
         height, width = image.shape[-2:]
         necks = (self.pyramid_neck_x1, self.pyramid_neck_x2, self.pyramid_neck_x3, self.pyramid_neck_x4)
         sizes = [(height // stride, width // stride) for stride in (4, 8, 16, 32)]
         # The necks are 1×1, so they commute with resizing and run at the smaller of the two sizes.
-        return [
+        *laterals, x4 = [
             resize(neck(feature), size) if size[0] > feature.shape[-2] else neck(resize(feature, size))
-            for neck, feature, size in zip(necks, features, sizes, strict=True)
+            for neck, feature, size in zip(necks, [*(x for (x,) in laterals), x4], sizes, strict=True)
         ]
+        return [(x,) for x in laterals], x4
 
     def see_source(self, hidden_states: torch.Tensor, image: torch.Tensor, level: int) -> list[torch.Tensor]:
         """What `ipt_blk{level}` sees of the image at this map's size, or nothing without a source reference."""

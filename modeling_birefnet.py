@@ -204,17 +204,18 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         if return_dict is None:
             return_dict = self.config.return_dict
-        pixel_values = pixel_values.to(self.dtype)
+        pixel_values = pixel_values.to(self.dtype, memory_format=torch.channels_last)
         if self.dtype == torch.float16 and self.device.type == "cpu":
             logger.warning_once(
                 "float16 on a CPU can be hundreds of times slower than float32: load with dtype=torch.float32 or "
                 "torch.bfloat16."
             )
 
-        x1, x2, x3, x4 = features = self.encode(pixel_values)
+        laterals, x4 = self.encode(pixel_values)
+        features = [*(self.join_scales(*maps) for maps in laterals), x4] if output_hidden_states else []
         if self.config.squeeze_block is not None:
             x4 = self.squeeze_module(x4)
-        logits, training_outputs = self.decoder([x1, x2, x3, x4], pixel_values)
+        logits, training_outputs = self.decoder(laterals, x4, pixel_values)
 
         loss = loss_terms = None
         if labels is not None:
@@ -227,30 +228,40 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
         output = BiRefNetImageSegmentationOutput(
             loss=loss,
             logits=logits,
-            hidden_states=tuple(features) if output_hidden_states else None,
+            hidden_states=tuple(features) or None,
             loss_terms=loss_terms,
             **training_outputs,
         )
         return output if return_dict else output.to_tuple()
 
-    def encode(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
-        """(B, 3, H, W) → the backbone's four maps at both scales, and the others' context joined to the deepest."""
-        x1, x2, x3, x4 = self.extract_features(pixel_values)
+    def encode(self, pixel_values: torch.Tensor) -> tuple[list[tuple[torch.Tensor, ...]], torch.Tensor]:
+        """
+        (B, 3, H, W) → the backbone's maps x1, x2, x3, each as it comes of the image and of the image at half its size,
+        and x4 of both with the others' context joined to it.
+        """
+        *laterals, deepest = self.extract_features(pixel_values)
+        x4 = self.join_scales(*deepest)
         if self.config.context_levels:
-            size = x4.shape[-2:]
-            x4 = torch.cat([resize(x1, size), resize(x2, size), resize(x3, size), x4], dim=1)
-        return [x1, x2, x3, x4]
+            x4 = torch.cat([*(self.join_scales(*maps, size=x4.shape[-2:]) for maps in laterals), x4], dim=1)
+        if self.decoder.needs_neck:
+            laterals = [(self.join_scales(*maps),) for maps in laterals]
+        return laterals, x4
 
-    def extract_features(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+    def extract_features(self, pixel_values: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
         features = self.bb(pixel_values)
         if self.config.multi_scale_input is None:
-            return list(features)
+            return [(full,) for full in features]
         height, width = pixel_values.shape[-2:]
         half_features = self.bb(resize(pixel_values, (height // 2, width // 2)))
-        half_features = [resize(half, full.shape[-2:]) for half, full in zip(half_features, features, strict=True)]
-        if self.config.multi_scale_input == "add":
-            return [full + half for full, half in zip(features, half_features, strict=True)]
-        return [torch.cat([full, half], dim=1) for full, half in zip(features, half_features, strict=True)]
+        return list(zip(features, half_features, strict=True))
+
+    def join_scales(self, full: torch.Tensor, *half: torch.Tensor, size: tuple[int, int] | None = None):
+        """The map of the image joined with that of the image at half its size, if there is one, resized to `size`."""
+        size = size or full.shape[-2:]
+        maps = [resize(full, size), *(resize(resize(one, full.shape[-2:]), size) for one in half)]
+        if len(maps) == 1:
+            return maps[0]
+        return maps[0] + maps[1] if self.config.multi_scale_input == "add" else torch.cat(maps, dim=1)
 
 
 def load_blocks_whole(model: PreTrainedModel):

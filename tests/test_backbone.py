@@ -10,6 +10,7 @@ from birefnet.repository.backbone_birefnet import (
     PatchMerging,
     SwinBlock,
     SwinTransformer,
+    attend_eagerly,
     order_windows,
     relative_position_index,
 )
@@ -86,10 +87,11 @@ def attention_with_an_expanded_mask(block, hidden_states):
 @pytest.mark.parametrize("shift", [0, 2])
 @pytest.mark.parametrize("size", [(11, 14), (5, 10), (3, 4)])
 @pytest.mark.parametrize("tile", [layers_birefnet.CPU_TILE_BYTES, 1])
-def test_block_equals_the_formulation_with_one_mask_per_window(tile, shift, size, monkeypatch):
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_block_equals_the_formulation_with_one_mask_per_window(attention, tile, shift, size, monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(layers_birefnet, "CPU_TILE_BYTES", tile)  # 1: one window, and one token, at a time
-    config = BiRefNetConfig(attn_implementation="sdpa")
+    config = BiRefNetConfig(attn_implementation=attention)
     block = SwinBlock(config, dimension=64, num_heads=2, window_size=5, shift=shift, drop_path_rate=0.0).eval()
     torch.nn.init.normal_(block.attn.relative_position_bias_table)
     hidden_states = torch.randn(2, *size, 64)
@@ -99,6 +101,15 @@ def test_block_equals_the_formulation_with_one_mask_per_window(tile, shift, size
         expected = hidden_states + block.attn.proj(attended)
         expected = expected + block.mlp(block.norm2(expected))
     assert (found.view_as(expected) - expected).abs().max() < 1e-5
+
+
+def test_eager_attention_in_tiles_of_several_windows(monkeypatch):
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 7, 2, 9, 32).unbind(0)
+    bias = torch.randn(1, 2, 9, 9)
+    monkeypatch.setattr(layers_birefnet, "CPU_TILE_BYTES", 3 * 2 * 9**2 * 4)  # three windows, three, and one
+    found = attend_eagerly(query, key, value, bias)
+    assert (found - F.scaled_dot_product_attention(query, key, value, attn_mask=bias)).abs().max() < 1e-6
 
 
 def test_patch_merging_pads_odd_sizes_and_orders_the_phases():

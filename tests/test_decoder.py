@@ -1,0 +1,20 @@
+"""The decoder's blocks against what they are defined as."""
+
+import pytest
+import torch
+
+from birefnet.repository.decoder_birefnet import LateralBlock
+from birefnet.repository.layers_birefnet import resize
+
+
+@pytest.mark.parametrize("scales", ["concat", "add", None])
+def test_lateral_block_equals_convolving_the_joined_map(scales):
+    """As published: both scales joined at full size, convolved, and added to the resized deeper map."""
+    torch.manual_seed(0)
+    full, half, deeper = torch.randn(2, 6, 10, 14), torch.randn(2, 6, 5, 7), torch.randn(2, 12, 5, 7)
+    block = LateralBlock(12 if scales == "concat" else 6, 12)
+    joined = {"concat": torch.cat([full, resize(half, (10, 14))], dim=1), "add": full + resize(half, (10, 14))}
+    with torch.no_grad():
+        expected = resize(deeper, (10, 14)) + block.conv(joined.get(scales, full))
+        found = block(deeper, full, half if scales else None)
+    assert (found - expected).abs().max() < 1e-6

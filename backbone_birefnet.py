@@ -224,29 +224,11 @@ class WindowAttention(nn.Module):
         qkv = self.qkv(windows).view(number, tokens, 3, self.num_heads, channels // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (n, heads, w², 32)
         if self.config._attn_implementation == "eager":
-            attended = attend_eagerly(query, key, value, bias)
+            scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5 + bias
+            attended = scores.softmax(dim=-1) @ value
         else:
             attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         return attended.transpose(1, 2).reshape(number * tokens, channels)
-
-
-def attend_eagerly(query, key, value, bias: torch.Tensor) -> torch.Tensor:
-    """
-    Scaled dot-product attention step by step, which takes a CPU less time than its fused kernel does in windows.
-    (n, heads, tokens, d) each and a bias (1, heads, tokens, tokens); n, in tiles whose shares stay in the cache.
-    """
-    number, heads, tokens, dimension = query.shape
-    # A softmax whose result is float32 takes half of the time that one in bfloat16 does.
-    dtype = torch.promote_types(bias.dtype, torch.float32)
-
-    def attend(part: slice) -> torch.Tensor:
-        q, k, v = (whole[part].reshape(-1, tokens, dimension) for whole in (query, key, value))
-        expanded = bias.expand(q.shape[0] // heads, -1, -1, -1).reshape(-1, tokens, tokens)
-        scores = torch.baddbmm(expanded, q, k.transpose(1, 2), alpha=dimension**-0.5)
-        return (scores.softmax(dim=-1, dtype=dtype).to(v.dtype) @ v).view(-1, heads, tokens, dimension)
-
-    parts = tiles(number, heads * tokens**2, bias.to(dtype))
-    return concatenate(map(attend, parts), number)
 
 
 class SwinMLP(nn.Module):

@@ -6,7 +6,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .deformable_birefnet import ATTENTION_BLOCKS
-from .layers_birefnet import convolve, convolve_and_normalize, fold_batch_norm, image_laplacian, resize
+from .layers_birefnet import convolve, convolve_and_normalize, fold_batch_norm, image_laplacian, resize, tiles
 
 
 class DecoderBlock(nn.Module):
@@ -26,16 +26,20 @@ class DecoderBlock(nn.Module):
         if self.is_residual:
             self.conv_resi = nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, *parts: torch.Tensor, head: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, parts: torch.Tensor | list[torch.Tensor], head: torch.Tensor | None = None) -> torch.Tensor:
         """
         Args:
-            parts: (B, C_i, h, w) each, the input's channels in turn.
+            parts: (B, C, h, w), or a list of (B, C_i, h, w) that are the input's channels in turn. The list is emptied
+                as soon as the block needs them no more, so that what follows can have their memory.
             head: (1, out channels, 1, 1), the weight of a following 1×1 convolution to apply as well.
 
         Returns:
             (B, out channels, h, w), or (B, 1, h, w) with a head.
         """
+        parts = [parts] if isinstance(parts, torch.Tensor) else parts
         inner = F.relu(convolve_and_normalize(parts, self.conv_in, self.bn_in))
+        if not self.is_residual:
+            parts.clear()
         if self.has_attention:
             inner = self.dec_att(inner)
         if head is None or self.bn_out.training:
@@ -119,7 +123,13 @@ class LateralBlock(NeckBlock):
             are_added = weight.shape[1] == full.shape[1]
             weight, half_weight = (weight, weight) if are_added else weight.split(full.shape[1], dim=1)
             deeper = deeper + F.conv2d(half, half_weight)
-        return resize(deeper + bias, full.shape[-2:]) + F.conv2d(full, weight)
+        output = resize(deeper + bias, full.shape[-2:])
+        if torch.is_grad_enabled():
+            return output + F.conv2d(full, weight)
+        batch, channels, height, width = output.shape
+        for rows in tiles(height, batch * channels * width, output):
+            output[:, :, rows] += F.conv2d(full[:, :, rows], weight)
+        return output
 
 
 def image_to_patches(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -129,8 +139,8 @@ def image_to_patches(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor
     """
     batch, channels, height, width = image.shape
     h, w = size
-    tiles = image.view(batch, channels, height // h, h, width // w, w)
-    patches = tiles.permute(0, 3, 5, 1, 2, 4).reshape(batch, h, w, channels * (height // h) * (width // w))
+    cut = image.view(batch, channels, height // h, h, width // w, w)
+    patches = cut.permute(0, 3, 5, 1, 2, 4).reshape(batch, h, w, channels * (height // h) * (width // w))
     return patches.permute(0, 3, 1, 2)
 
 
@@ -161,11 +171,11 @@ class BiRefNetDecoder(nn.Module):
         s5, s4, s3, s2, s1 = 0, 0, 0, 0, 0  # channels of the source reference
         if config.source_reference is not None:
             s5, s4, s3, s2, s1 = e4 // 8, e4 // 8, e3 // 8, e2 // 8, e1 // 8
-            tiles = 4 if config.source_reference == "patches" else 1
-            self.ipt_blk5 = SourceBlock(3 * tiles**5, s5)
-            self.ipt_blk4 = SourceBlock(3 * tiles**4, s4)
-            self.ipt_blk3 = SourceBlock(3 * tiles**3, s3)
-            self.ipt_blk2 = SourceBlock(3 * tiles**2, s2)
+            factor = 4 if config.source_reference == "patches" else 1
+            self.ipt_blk5 = SourceBlock(3 * factor**5, s5)
+            self.ipt_blk4 = SourceBlock(3 * factor**4, s4)
+            self.ipt_blk3 = SourceBlock(3 * factor**3, s3)
+            self.ipt_blk2 = SourceBlock(3 * factor**2, s2)
             self.ipt_blk1 = SourceBlock(3, s1)
 
         self.decoder_block4 = DecoderBlock(config, c4 + s5, c3)
@@ -192,7 +202,7 @@ class BiRefNetDecoder(nn.Module):
         """
         Args:
             laterals: the encoder's maps x1, x2, x3, from the shallowest on: each that of the image and, apart, that of
-                the image at half its size, if there is one.
+                the image at half its size, if there is one. The list is emptied on the way, for their memory.
             x4: the deepest map, whole.
             image: (B, 3, H, W).
 
@@ -202,27 +212,26 @@ class BiRefNetDecoder(nn.Module):
         """
         if self.needs_neck:
             laterals, x4 = self.build_pyramid(laterals, x4, image)
-        x1, x2, x3 = laterals
         training_outputs: dict[str, tuple] = {}
         gradient = image_laplacian(image) if self.training and self.config.gradient_reference else None
 
-        p4 = self.decoder_block4(x4, *self.see_source(x4, image, 5))
+        p4 = self.decoder_block4(self.with_source(x4, image, 5))
         p4 = self.refer_to_gradient(p4, gradient, 4, training_outputs)
 
-        p3 = self.lateral_block4(p4, *x3)
-        p3 = self.decoder_block3(p3, *self.see_source(p3, image, 4))
+        p3 = self.with_source(self.lateral_block4(p4, *laterals.pop()), image, 4)
+        p3 = self.decoder_block3(p3)
         p3 = self.refer_to_gradient(p3, gradient, 3, training_outputs)
 
-        p2 = self.lateral_block3(p3, *x2)
-        p2 = self.decoder_block2(p2, *self.see_source(p2, image, 3))
+        p2 = self.with_source(self.lateral_block3(p3, *laterals.pop()), image, 3)
+        p2 = self.decoder_block2(p2)
         p2 = self.refer_to_gradient(p2, gradient, 2, training_outputs)
 
-        p1 = self.lateral_block2(p2, *x1)
+        p1 = self.with_source(self.lateral_block2(p2, *laterals.pop()), image, 2)
         # The last convolution is 1×1 and resizing is linear with weights that sum to one, so the convolution goes
         # first: one channel is brought to full size instead of 48 to 192.
         head, bias = self.conv_out1[0].weight, self.conv_out1[0].bias
         from_p1, from_image = head.split([head.shape[1] - self.source_channels(1), self.source_channels(1)], dim=1)
-        p1_logits = self.decoder_block1(p1, *self.see_source(p1, image, 2), head=from_p1)
+        p1_logits = self.decoder_block1(p1, head=from_p1)
         logits = resize(p1_logits, image.shape[-2:]) + bias.view(1, 1, 1, 1)
         if self.config.source_reference is not None:
             logits = logits + self.ipt_blk1.forward_with_head(image, from_image)
@@ -245,13 +254,13 @@ class BiRefNetDecoder(nn.Module):
         ]
         return [(x,) for x in laterals], x4
 
-    def see_source(self, hidden_states: torch.Tensor, image: torch.Tensor, level: int) -> list[torch.Tensor]:
-        """What `ipt_blk{level}` sees of the image at this map's size, or nothing without a source reference."""
+    def with_source(self, hidden_states: torch.Tensor, image: torch.Tensor, level: int) -> list[torch.Tensor]:
+        """The map, and with a source reference what `ipt_blk{level}` sees of the image at the map's size."""
         if self.config.source_reference is None:
-            return []
+            return [hidden_states]
         size = hidden_states.shape[-2:]
         source = image_to_patches(image, size) if self.config.source_reference == "patches" else resize(image, size)
-        return [getattr(self, f"ipt_blk{level}")(source)]
+        return [hidden_states, getattr(self, f"ipt_blk{level}")(source)]
 
     def refer_to_gradient(
         self,

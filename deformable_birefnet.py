@@ -17,7 +17,7 @@ TILE_BYTES = 512 * 2**20
 def deformable_convolution(
     hidden_states: torch.Tensor,
     offsets: torch.Tensor,
-    modulation: torch.Tensor,
+    modulator: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     finish: Callable[[torch.Tensor], torch.Tensor] | None = None,
@@ -32,7 +32,7 @@ def deformable_convolution(
     Args:
         hidden_states: (B, C, H, W).
         offsets: (B, 2k², H, W) in pixels; Δrow and Δcolumn alternate, taps are row-major.
-        modulation: (B, k², H, W), the weight of each sample.
+        modulator: (B, k², H, W); the weight of each sample is twice its sigmoid, in [0, 2].
         weight: (out channels, C, k, k), k odd.
         bias: (out channels,).
         finish: pointwise over the pixels, applied to every tile (B, rows, W, out channels) while it is in the cache.
@@ -44,7 +44,7 @@ def deformable_convolution(
         ValueError: if a shape does not fit the others.
     """
     batch, channels, height, width = hidden_states.shape
-    _check_shapes(hidden_states, offsets, modulation, weight)
+    _check_shapes(hidden_states, offsets, modulator, weight)
     out_channels, kernel_size = weight.shape[0], weight.shape[-1]
     taps = kernel_size**2
     pixels = F.pad(hidden_states.permute(0, 2, 3, 1), (0, 0, 2, 2, 2, 2)).view(-1, channels)  # with borders of zeros
@@ -53,9 +53,10 @@ def deformable_convolution(
     def tile_by_tile() -> Iterator[torch.Tensor]:  # (B, rows, W, out channels) each
         images = 1 if torch.compiler.is_compiling() else batch  # it may be symbolic there, and their number may not
         row_size = images * width * max(taps * channels, out_channels)
-        # Indices and shares are smaller than the samples: a CPU's cache holds those of several tiles.
-        for band in tiles(height, images * width * taps * 8, modulation, TILE_BYTES // 8):
-            around = _neighbours(offsets[:, :, band], modulation[:, :, band], kernel_size, band.start, height)
+        # Four indices and shares of four bytes are less than a sample: a CPU's cache holds those of several tiles.
+        sample_size = 4 * (4 + 4) // modulator.element_size()
+        for band in tiles(height, images * width * taps * sample_size, modulator, TILE_BYTES // 8):
+            around = _neighbours(offsets[:, :, band], modulator[:, :, band], kernel_size, band.start, height)
             for rows in tiles(around[0].shape[1], row_size, hidden_states, TILE_BYTES):
                 indices, shares = (values[:, rows].reshape(-1, 4) for values in around)
                 samples = F.embedding_bag(indices, pixels, per_sample_weights=shares.to(pixels.dtype), mode="sum")
@@ -65,27 +66,27 @@ def deformable_convolution(
     return concatenate(tile_by_tile(), height, dim=1).permute(0, 3, 1, 2)
 
 
-def _check_shapes(hidden_states, offsets, modulation, weight):
+def _check_shapes(hidden_states, offsets, modulator, weight):
     batch, channels, height, width = hidden_states.shape
     kernel_size = weight.shape[-1]
     if weight.shape[1:] != (channels, kernel_size, kernel_size) or kernel_size % 2 == 0:
         raise ValueError(f"weight of shape {tuple(weight.shape)} is not (out, {channels}, k, k) with an odd k.")
-    for name, tensor, number in (("offsets", offsets, 2 * kernel_size**2), ("modulation", modulation, kernel_size**2)):
+    for name, tensor, number in (("offsets", offsets, 2 * kernel_size**2), ("modulator", modulator, kernel_size**2)):
         if tensor.shape != (batch, number, height, width):
             raise ValueError(f"{name} have shape {tuple(tensor.shape)}, not {(batch, number, height, width)}.")
 
 
-def _neighbours(offsets, modulation, kernel_size, first_row, height):
+def _neighbours(offsets, modulator, kernel_size, first_row, height):
     """
     For each sample the indices of the pixels around it among the B·(H+4)·(W+4) of the batch with its borders of zeros,
-    and their shares, bilinear weight × modulation: (B, rows, W, k², 4) both.
+    and their shares, bilinear weight × 2·sigmoid(modulator): (B, rows, W, k², 4) both.
     """
     batch, _, rows, width = offsets.shape
     device, padding = offsets.device, kernel_size // 2
     # Places are computed in float32 at least: bfloat16 cannot tell pixel 256 from 257.
     dtype = torch.promote_types(offsets.dtype, torch.float32)
     offsets = offsets.to(dtype).permute(0, 2, 3, 1).unflatten(-1, (kernel_size**2, 2))  # (B, rows, W, k², 2)
-    modulation = modulation.to(dtype).permute(0, 2, 3, 1)  # (B, rows, W, k²)
+    modulation = 2 * torch.sigmoid(modulator.to(dtype).permute(0, 2, 3, 1))  # (B, rows, W, k²)
     tap = torch.arange(kernel_size, dtype=dtype, device=device) - padding
     row_of_pixel = torch.arange(first_row, first_row + rows, dtype=dtype, device=device)
     column_of_pixel = torch.arange(width, dtype=dtype, device=device)
@@ -128,22 +129,21 @@ class DeformableConvolution(GradientCheckpointingLayer):
         self.modulator_conv = ZeroInitializedConvolution(in_channels, kernel_size**2, kernel_size, padding=padding)
         self.regular_conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, bias=False)
 
-    def offsets_and_modulation(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, 2k², H, W) in pixels and (B, k², H, W) in [0, 2], by one convolution."""
+    def offsets_and_modulator(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(B, 2k², H, W) in pixels and (B, k², H, W), by one convolution."""
         weight = torch.cat([self.offset_conv.weight, self.modulator_conv.weight])
         bias = torch.cat([self.offset_conv.bias, self.modulator_conv.bias])
         both = F.conv2d(hidden_states, weight, bias, padding=self.kernel_size // 2)
-        offsets, modulator = both.split([2 * self.kernel_size**2, self.kernel_size**2], dim=1)
-        return offsets, 2 * torch.sigmoid(modulator.to(torch.promote_types(modulator.dtype, torch.float32)))
+        return both.split([2 * self.kernel_size**2, self.kernel_size**2], dim=1)
 
     def forward(self, hidden_states: torch.Tensor, weight: torch.Tensor | None = None, **options) -> torch.Tensor:
         """
         (B, C, H, W) → (B, out channels, H, W). `weight` is used instead of the module's own, and options are those of
         [`deformable_convolution`].
         """
-        offsets, modulation = self.offsets_and_modulation(hidden_states)
+        offsets, modulator = self.offsets_and_modulator(hidden_states)
         weight = self.regular_conv.weight if weight is None else weight
-        return deformable_convolution(hidden_states, offsets, modulation, weight, **options)
+        return deformable_convolution(hidden_states, offsets, modulator, weight, **options)
 
 
 class DeformableBranch(nn.Module):

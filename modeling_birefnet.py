@@ -204,7 +204,7 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         if return_dict is None:
             return_dict = self.config.return_dict
-        pixel_values = pixel_values.to(self.dtype, memory_format=torch.channels_last)
+        pixel_values = pixel_values.to(self.dtype)
         if self.dtype == torch.float16 and self.device.type == "cpu":
             logger.warning_once(
                 "float16 on a CPU can be hundreds of times slower than float32: load with dtype=torch.float32 or "

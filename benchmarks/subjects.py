@@ -11,7 +11,6 @@ import torch
 import transformers
 from plain_formulation import plain_logits
 
-from birefnet.loading import use_fastest_attention
 from birefnet.quantization import dtype_between, quantize
 from birefnet.repository.configuration_birefnet import BiRefNetConfig
 from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
@@ -67,9 +66,9 @@ def load_model(name: str, dtype: str, device: str) -> BiRefNetForImageSegmentati
         model = BiRefNetForImageSegmentation.from_pretrained(None, config=config, state_dict=drawn_weights(config))
     else:
         model = BiRefNetForImageSegmentation.from_pretrained(name, dtype=torch.float32)
-    model = model.to(device, dtype_between() if dtype == "int8" else getattr(torch, dtype)).eval()
-    use_fastest_attention(model)  # as the tools do
-    return quantize(model) if dtype == "int8" else model
+    if dtype == "int8":
+        return quantize(model.to(device, dtype_between()).eval())
+    return model.to(device, getattr(torch, dtype)).eval()
 
 
 def drawn_weights(config: BiRefNetConfig) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ from birefnet import repository_folder
 from birefnet.command_line import CommandError, UsageError
 from birefnet.cutout_jobs import Report, plan_jobs
 from birefnet.cutout_stages import cut_out_photos
-from birefnet.loading import collector_at_rest, load_model, use_fastest_attention
+from birefnet.loading import collector_at_rest, load_model
 from birefnet.photo_files import PhotoSource, read_photo
 
 
@@ -245,9 +245,7 @@ def load_remover(arguments: argparse.Namespace, variant: str | None = None):
 
         quantize(model)
     _set_resolution(processor, arguments.resolution)
-    remover = BiRefNetPipeline(model=model, image_processor=processor, device=device, task="background-removal")
-    use_fastest_attention(remover.model)
-    return remover
+    return BiRefNetPipeline(model=model, image_processor=processor, device=device, task="background-removal")
 
 
 def _find_device(name: str):

@@ -59,11 +59,6 @@ def load_model(source, dtype="float32", **fields):
     return model.eval(), processor
 
 
-def use_fastest_attention(model):
-    """Chooses the attention that takes the model's device the least time: the results are equal but for rounding."""
-    model.set_attn_implementation("eager" if model.device.type == "cpu" else "sdpa")  # benchmarks/README.md
-
-
 def is_own(source):
     """Whether a folder or Hub repository is in this project's form: its `config.json` says so."""
     from transformers import PreTrainedConfig

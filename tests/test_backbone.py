@@ -10,7 +10,6 @@ from birefnet.repository.backbone_birefnet import (
     PatchMerging,
     SwinBlock,
     SwinTransformer,
-    attend_eagerly,
     order_windows,
     relative_position_index,
 )
@@ -101,15 +100,6 @@ def test_block_equals_the_formulation_with_one_mask_per_window(attention, tile, 
         expected = hidden_states + block.attn.proj(attended)
         expected = expected + block.mlp(block.norm2(expected))
     assert (found.view_as(expected) - expected).abs().max() < 1e-5
-
-
-def test_eager_attention_in_tiles_of_several_windows(monkeypatch):
-    torch.manual_seed(0)
-    query, key, value = torch.randn(3, 7, 2, 9, 32).unbind(0)
-    bias = torch.randn(1, 2, 9, 9)
-    monkeypatch.setattr(layers_birefnet, "CPU_TILE_BYTES", 3 * 2 * 9**2 * 4)  # three windows, three, and one
-    found = attend_eagerly(query, key, value, bias)
-    assert (found - F.scaled_dot_product_attention(query, key, value, attn_mask=bias)).abs().max() < 1e-6
 
 
 def test_patch_merging_pads_odd_sizes_and_orders_the_phases():

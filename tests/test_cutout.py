@@ -192,7 +192,6 @@ def test_resolution_dtype_and_dynamic_size_reach_the_network(tiny_model_folder, 
     remover = load("--resolution", "96x128", "--dtype", "bfloat16")
     assert tuple(remover.preprocess(draw(50, 50))["pixel_values"].shape) == (3, 96, 128)
     assert str(remover.model.dtype) == "torch.bfloat16"
-    assert remover.model.config._attn_implementation == "eager"  # the fastest on a CPU
     remover = load("--resolution", "dynamic")
     assert tuple(remover.preprocess(draw(300, 260))["pixel_values"].shape) == (3, 256, 288)
     assert str(remover.model.dtype) == "torch.float32"

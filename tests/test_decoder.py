@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from birefnet.repository.decoder_birefnet import LateralBlock
+from birefnet.repository.configuration_birefnet import BiRefNetConfig
+from birefnet.repository.decoder_birefnet import DecoderBlock, LateralBlock
 from birefnet.repository.layers_birefnet import resize
 
 
@@ -18,3 +19,14 @@ def test_lateral_block_equals_convolving_the_joined_map(scales):
         expected = resize(deeper, (10, 14)) + block.conv(joined.get(scales, full))
         found = block(deeper, full, half if scales else None)
     assert (found - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["basic", "residual"])
+def test_decoder_block_takes_its_input_in_parts_and_lets_go_of_them(kind):
+    torch.manual_seed(0)
+    block = DecoderBlock(BiRefNetConfig(decoder_channels=8), 10, 4, kind).eval()
+    whole = torch.randn(2, 10, 6, 7)
+    parts = list(whole.split([7, 3], dim=1))
+    with torch.no_grad():
+        assert (block(parts) - block(whole)).abs().max() < 1e-5
+    assert len(parts) == (2 if kind == "residual" else 0)

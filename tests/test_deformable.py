@@ -23,15 +23,16 @@ def example(kernel_size, batch=2, channels=4, height=9, width=11, out_channels=5
     return (
         random(batch, channels, height, width),
         spread * random(batch, 2 * taps, height, width),
-        2 * torch.sigmoid(random(batch, taps, height, width)),
+        random(batch, taps, height, width),
         random(out_channels, channels, kernel_size, kernel_size),
     )
 
 
-def plain(hidden_states, offsets, modulation, weight):
+def plain(hidden_states, offsets, modulator, weight):
     """The definition, pixel by pixel."""
     batch, _, height, width = hidden_states.shape
     out_channels, _, kernel_size, _ = weight.shape
+    modulation = 2 * torch.sigmoid(modulator)
     output = hidden_states.new_zeros(batch, out_channels, height, width)
 
     def pixel(b, row, column):
@@ -65,38 +66,40 @@ def test_deformable_convolution_equals_its_definition(kernel_size):
 @pytest.mark.parametrize("kernel_size", [1, 3, 7])
 def test_deformable_convolution_equals_torchvision(kernel_size):
     ops = pytest.importorskip("torchvision.ops", reason="compares with torchvision's operator")
-    hidden_states, offsets, modulation, weight = example(kernel_size)
-    expected = ops.deform_conv2d(hidden_states, offsets, weight, padding=kernel_size // 2, mask=modulation)
-    found = deformable_convolution(hidden_states, offsets, modulation, weight)
+    hidden_states, offsets, modulator, weight = example(kernel_size)
+    expected = ops.deform_conv2d(
+        hidden_states, offsets, weight, padding=kernel_size // 2, mask=2 * modulator.sigmoid()
+    )
+    found = deformable_convolution(hidden_states, offsets, modulator, weight)
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-def test_zero_offsets_and_unit_modulation_make_an_ordinary_convolution():
-    hidden_states, offsets, modulation, weight = example(3)
-    found = deformable_convolution(hidden_states, 0 * offsets, torch.ones_like(modulation), weight)
+def test_zero_offsets_and_modulator_make_an_ordinary_convolution():
+    hidden_states, offsets, modulator, weight = example(3)
+    found = deformable_convolution(hidden_states, 0 * offsets, 0 * modulator, weight)
     assert torch.allclose(found, F.conv2d(hidden_states, weight, padding=1), atol=1e-5)
 
 
 def test_places_far_outside_and_at_the_border_count_as_zero():
-    hidden_states, offsets, modulation, weight = example(1)
+    hidden_states, offsets, modulator, weight = example(1)
     far = torch.full_like(offsets, 1e30)
-    assert (deformable_convolution(hidden_states, far, modulation, weight) == 0).all()
-    assert (deformable_convolution(hidden_states, -far, modulation, weight) == 0).all()
+    assert (deformable_convolution(hidden_states, far, modulator, weight) == 0).all()
+    assert (deformable_convolution(hidden_states, -far, modulator, weight) == 0).all()
 
 
 def test_what_is_not_a_number_stays_that_and_reads_nothing_beyond_the_map():
-    hidden_states, offsets, modulation, weight = example(1)
+    hidden_states, offsets, modulator, weight = example(1)
     offsets[0, 0, 1, 2] = torch.nan
-    found = deformable_convolution(hidden_states, offsets, modulation, weight)
+    found = deformable_convolution(hidden_states, offsets, modulator, weight)
     assert found[0, :, 1, 2].isnan().all() and found.isnan().sum() == found.shape[1]
 
 
 def test_deformable_convolution_is_differentiable():
-    hidden_states, offsets, modulation, weight = example(
+    hidden_states, offsets, modulator, weight = example(
         3, batch=1, channels=2, height=4, width=3, out_channels=2, dtype=torch.float64, spread=0.3
     )
     offsets = offsets.clamp(-0.4, 0.4) + 0.5  # away from whole pixels, where bilinear sampling has a kink
-    inputs = [tensor.detach().requires_grad_() for tensor in (hidden_states, offsets, modulation, weight)]
+    inputs = [tensor.detach().requires_grad_() for tensor in (hidden_states, offsets, modulator, weight)]
     assert torch.autograd.gradcheck(deformable_convolution, inputs)
 
 
@@ -104,7 +107,7 @@ def test_deformable_convolution_is_differentiable():
     ("change", "message"),
     [
         ({1: (2, 4, 9, 11)}, "offsets have shape"),
-        ({2: (2, 3, 9, 11)}, "modulation have shape"),
+        ({2: (2, 3, 9, 11)}, "modulator have shape"),
         ({3: (5, 3, 3, 3)}, "weight of shape"),
         ({3: (5, 4, 2, 2)}, "odd k"),
     ],
@@ -138,8 +141,9 @@ def test_pyramid_pooling_equals_its_definition_in_tiles_and_whole(pyramid, monke
     assert (module(hidden_states) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-def test_offsets_and_modulation_have_their_shapes_and_ranges():
-    module = DeformableConvolution(3, 4, 3)
-    offsets, modulation = module.offsets_and_modulation(torch.randn(1, 3, 5, 6))
-    assert offsets.shape == (1, 18, 5, 6) and modulation.shape == (1, 9, 5, 6)
-    assert modulation.min() >= 0 and modulation.max() <= 2
+def test_offsets_and_modulator_are_those_of_their_convolutions():
+    torch.manual_seed(0)
+    module, hidden_states = DeformableConvolution(3, 4, 3), torch.randn(1, 3, 5, 6)
+    offsets, modulator = module.offsets_and_modulator(hidden_states)
+    assert torch.allclose(offsets, module.offset_conv(hidden_states), atol=1e-6)
+    assert torch.allclose(modulator, module.modulator_conv(hidden_states), atol=1e-6)

@@ -158,8 +158,8 @@ def old_network(config, seed):
     first = decoder.decoder_block4.conv_in
     patches = decoder.ipt_blk5.conv_out.out_channels
     decoder.decoder_block4.conv_in = nn.Conv2d(first.in_channels - patches, first.out_channels, 3, padding=1)
-    see_source = decoder.see_source  # but not in the first stage
-    decoder.see_source = lambda maps, image, level: [] if level == 5 else see_source(maps, image, level)
+    with_source = decoder.with_source  # but not in the first stage
+    decoder.with_source = lambda maps, image, level: [maps] if level == 5 else with_source(maps, image, level)
     decoder.gdt_convs_attn_4 = NoGate()
     del decoder.ipt_blk5
     for name, value in model.state_dict().items():

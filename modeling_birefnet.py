@@ -255,13 +255,16 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
         half_features = self.bb(resize(pixel_values, (height // 2, width // 2)))
         return list(zip(features, half_features, strict=True))
 
-    def join_scales(self, full: torch.Tensor, *half: torch.Tensor, size: tuple[int, int] | None = None):
+    def join_scales(
+        self, full: torch.Tensor, half: torch.Tensor | None = None, size: tuple[int, int] | None = None
+    ) -> torch.Tensor:
         """The map of the image joined with that of the image at half its size, if there is one, resized to `size`."""
-        size = size or full.shape[-2:]
-        maps = [resize(full, size), *(resize(resize(one, full.shape[-2:]), size) for one in half)]
-        if len(maps) == 1:
-            return maps[0]
-        return maps[0] + maps[1] if self.config.multi_scale_input == "add" else torch.cat(maps, dim=1)
+        own_size = full.shape[-2:]
+        full = resize(full, size or own_size)
+        if half is None:
+            return full
+        half = resize(resize(half, own_size), size or own_size)
+        return full + half if self.config.multi_scale_input == "add" else torch.cat([full, half], dim=1)
 
 
 def load_blocks_whole(model: PreTrainedModel):

@@ -238,8 +238,8 @@ def _owned(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def compute_depthwise_in_float32(model):
     """Keeps the depthwise convolutions of a model out of autocast.
 
-    On a CPU their gradients take up to 60 times longer in bfloat16 than in float32, more than all other layers of a
-    small network together (benchmarks/README.md).
+    On a CPU their gradients take up to 60 times longer in bfloat16 than in float32, a third of the embedded network's
+    training step (benchmarks/README.md).
     """
     for module in model.modules():
         if isinstance(module, torch.nn.Conv2d) and module.groups == module.in_channels > 1:

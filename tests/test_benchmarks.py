@@ -149,7 +149,7 @@ def test_a_model_in_int8(benchmark, tiny_model_folder, monkeypatch):
     assert logits["int8"].dtype == quantization.dtype_between()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process's peak")
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is measured on Linux only, by its /proc")
 def test_memory_of_a_subject_that_fails_is_an_error(benchmark):
     subject = benchmark("subjects").Subject("onnx", "lite", "float32", "cpu", "missing.onnx")
     with pytest.raises(RuntimeError, match="onnx"):

@@ -1,6 +1,6 @@
 """Backbones of BiRefNet: Swin Transformer v1 in the layout of the official checkpoints, and any timm model."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -9,7 +9,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_birefnet import DINO_V3_BACKBONES, SWIN_BACKBONES
-from .layers_birefnet import concatenate, tiles
+from .layers_birefnet import concatenate, layer_for_tiles, tiles
 
 
 def create_backbone(config):
@@ -206,7 +206,7 @@ class WindowAttention(nn.Module):
         return concatenate(self.attend_tile_by_tile(hidden_states, order), order.tokens.shape[0])
 
     def attend_tile_by_tile(self, hidden_states: torch.Tensor, order: WindowOrder) -> Iterator[torch.Tensor]:
-        bias = self.relative_position_bias()
+        bias, embed = self.relative_position_bias(), layer_for_tiles(self.qkv)
         places, channels = self.window_size**2, hidden_states.shape[-1]
         start = 0
         for number, mask in order.groups:
@@ -216,12 +216,12 @@ class WindowAttention(nn.Module):
                 windows = hidden_states.index_select(0, order.tokens[rows])
                 if order.is_token is not None:
                     windows = windows * order.is_token[rows]
-                yield self.attend(windows.view(-1, places, channels), group_bias)
+                yield self.attend(embed(windows).view(-1, places, 3 * channels), group_bias)
             start += number
 
-    def attend(self, windows: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:  # (n, w², C) → (n·w², C)
-        number, tokens, channels = windows.shape
-        qkv = self.qkv(windows).view(number, tokens, 3, self.num_heads, channels // self.num_heads)
+    def attend(self, qkv: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:  # (n, w², 3C) → (n·w², C)
+        number, tokens, channels = *qkv.shape[:2], qkv.shape[2] // 3
+        qkv = qkv.view(number, tokens, 3, self.num_heads, channels // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (n, heads, w², 32)
         if self.config._attn_implementation == "eager":
             scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5 + bias
@@ -237,8 +237,9 @@ class SwinMLP(nn.Module):
         self.fc1 = nn.Linear(dimension, hidden_dimension)
         self.fc2 = nn.Linear(hidden_dimension, dimension)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.gelu(self.fc1(hidden_states)))
+    def for_tiles(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        fc1, fc2 = layer_for_tiles(self.fc1), layer_for_tiles(self.fc2)
+        return lambda hidden_states: fc2(F.gelu(fc1(hidden_states)))
 
 
 class SwinBlock(GradientCheckpointingLayer):
@@ -257,16 +258,14 @@ class SwinBlock(GradientCheckpointingLayer):
         attended = self.attn(self.norm1(hidden_states), order)
         number, channels = hidden_states.shape
         parts = [slice(0, number)] if self.training else tiles(number, 4 * channels, hidden_states)
-        mixed = (self.mix(hidden_states[part], attended, order.places[part], order.batch) for part in parts)
-        return concatenate(mixed, number)
+        project, mlp = layer_for_tiles(self.attn.proj), self.mlp.for_tiles()
 
-    def mix(
-        self, hidden_states: torch.Tensor, attended: torch.Tensor, places: torch.Tensor, batch: int
-    ) -> torch.Tensor:
-        """What follows the attention and goes token by token."""
-        attended = self.attn.proj(attended.index_select(0, places))
-        hidden_states = hidden_states + self.drop_path(attended, batch)
-        return hidden_states + self.drop_path(self.mlp(self.norm2(hidden_states)), batch)
+        def mix(part: slice) -> torch.Tensor:  # what follows the attention goes token by token
+            branch = project(attended.index_select(0, order.places[part]))
+            mixed = hidden_states[part] + self.drop_path(branch, order.batch)
+            return mixed + self.drop_path(mlp(self.norm2(mixed)), order.batch)
+
+        return concatenate(map(mix, parts), number)
 
 
 class PatchMerging(nn.Module):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .layers_birefnet import concatenate, convolve_and_normalize, fold_batch_norm, tiles
+from .layers_birefnet import concatenate, convolve_and_normalize, fold_batch_norm, linear_for_tiles, tiles
 
 
 # Samples of one tile of rows where no cache is to be filled; bounds the memory.
@@ -48,7 +48,7 @@ def deformable_convolution(
     out_channels, kernel_size = weight.shape[0], weight.shape[-1]
     taps = kernel_size**2
     pixels = F.pad(hidden_states.permute(0, 2, 3, 1), (0, 0, 2, 2, 2, 2)).view(-1, channels)  # with borders of zeros
-    kernel = weight.permute(0, 2, 3, 1).reshape(out_channels, taps * channels)
+    apply_kernel = linear_for_tiles(weight.permute(0, 2, 3, 1).reshape(out_channels, taps * channels), bias)
 
     def tile_by_tile() -> Iterator[torch.Tensor]:  # (B, rows, W, out channels) each
         images = 1 if torch.compiler.is_compiling() else batch  # it may be symbolic there, and their number may not
@@ -60,7 +60,7 @@ def deformable_convolution(
             for rows in tiles(around[0].shape[1], row_size, hidden_states, TILE_BYTES):
                 indices, shares = (values[:, rows].reshape(-1, 4) for values in around)
                 samples = F.embedding_bag(indices, pixels, per_sample_weights=shares.to(pixels.dtype), mode="sum")
-                tile = F.linear(samples.view(-1, taps * channels), kernel, bias).view(batch, -1, width, out_channels)
+                tile = apply_kernel(samples.view(-1, taps * channels)).view(batch, -1, width, out_channels)
                 yield tile if finish is None else finish(tile)
 
     return concatenate(tile_by_tile(), height, dim=1).permute(0, 3, 1, 2)
@@ -158,8 +158,8 @@ class DeformableBranch(nn.Module):
         if self.bn.training:  # the norm's statistics need the whole map
             return F.conv2d(F.relu(self.bn(self.atrous_conv(hidden_states))), fusion)
         weight, bias = fold_batch_norm(self.atrous_conv.regular_conv.weight, None, self.bn)
-        fusion = fusion.flatten(1)  # (out channels, branch channels)
-        return self.atrous_conv(hidden_states, weight, bias=bias, finish=lambda tile: F.linear(F.relu_(tile), fusion))
+        fuse = linear_for_tiles(fusion.flatten(1), None)
+        return self.atrous_conv(hidden_states, weight, bias=bias, finish=lambda tile: fuse(F.relu_(tile)))
 
 
 class AtrousBranch(nn.Module):

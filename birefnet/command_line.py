@@ -16,6 +16,7 @@ from birefnet import __version__
 COMMANDS = {
     "cutout": ("birefnet.cutout", "cut the subjects out of photos"),
     "train": ("birefnet.training", "train or fine-tune on your own photos and masks"),
+    "draw": ("birefnet.drawn_scenes", "draw training pairs with thin parts and gaps, exact masks included"),
     "evaluate": ("birefnet.evaluation", "measure a model, or a folder of masks, against ground truth"),
     "variants": ("birefnet.variants", "list the published checkpoints, and which one to take"),
     "convert": ("birefnet.convert", "turn any BiRefNet checkpoint into a complete folder, or back"),

@@ -237,6 +237,9 @@ class SwinMLP(nn.Module):
         self.fc1 = nn.Linear(dimension, hidden_dimension)
         self.fc2 = nn.Linear(hidden_dimension, dimension)
 
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.for_tiles()(hidden_states)
+
     def for_tiles(self) -> Callable[[torch.Tensor], torch.Tensor]:
         fc1, fc2 = layer_for_tiles(self.fc1), layer_for_tiles(self.fc2)
         return lambda hidden_states: fc2(F.gelu(fc1(hidden_states)))

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature, get_size_dict
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ChannelDimension
 
-from .matting_birefnet import estimate_foreground, guided_upsampling, to_planes
+from .matting_birefnet import estimate_foreground, guided_upsampling, sharpened_matte, to_planes
 
 
 # torch's name of each PIL filter that it has an equal of.
@@ -246,8 +246,8 @@ class BiRefNetImageProcessor(BaseImageProcessor):
         image_mean (`list[float]`, *optional*): Mean of each channel; ImageNet's if not given.
         image_std (`list[float]`, *optional*): Standard deviation of each channel; ImageNet's if not given.
         do_guided_upsampling (`bool`, *optional*, defaults to `False`): Whether mattes follow the photo's edges where
-            it is larger than the network's input (`guided_upsampling`), for networks with a small one. The official
-            result is without.
+            it is larger than the network's input (`sharpened_matte`, then `guided_upsampling`), for networks with a
+            small one. The official result is without.
 
     Raises:
         ValueError: A setting is impossible.
@@ -502,7 +502,8 @@ class BiRefNetImageProcessor(BaseImageProcessor):
         if photo.height * photo.width <= height * width:
             return matte
         small = photo.resize((width, height), self.resample)
-        return guided_upsampling(matte[0], *(to_planes(picture).to(matte.device) for picture in (small, photo)))[None]
+        small, photo = (to_planes(picture).to(matte.device) for picture in (small, photo))
+        return guided_upsampling(sharpened_matte(matte[0], small), small, photo)[None]
 
     def post_process_semantic_segmentation(
         self, outputs: Any, target_sizes: Any = None, threshold: float = 0.5

@@ -15,6 +15,9 @@ _BOX_SIZES = (90, 6)  # window sides of the published estimator's passes, in pix
 # worked on in vain where only some are asked for; an accelerator wants work enough for each of its kernels.
 _TILE_SIDE, _TILE_SIDE_OF_ACCELERATORS = 128, 1024
 _PIXELS_PER_BAND = 2**18  # of running sums, likewise
+# Of `sharpened_matte`: a squared distance between both sides that keeps small ones from being raised without end, the
+# distance from which on the colours part them, and the mean weight of a side from which on the window has it.
+_NO_DISTANCE, _DISTANCE_OF_SIDES, _SHARE_OF_A_SIDE = 0.03, 0.1, 0.05
 
 
 @dataclass(frozen=True)
@@ -243,7 +246,7 @@ def _maximum_along(image: torch.Tensor, reach: int, row_step: int, column_step: 
 
 
 def guided_upsampling(
-    matte: torch.Tensor, small_photo: torch.Tensor, photo: torch.Tensor, radius: int = 2, epsilon: float = 1e-4
+    matte: torch.Tensor, small_photo: torch.Tensor, photo: torch.Tensor, radius: int = 1, epsilon: float = 1e-4
 ) -> torch.Tensor:
     """
     A matte at the size of the photo, with the photo's own edges: the fast guided filter of He and Sun
@@ -257,7 +260,7 @@ def guided_upsampling(
         matte (`torch.Tensor` of shape `(h, w)`): Matte in [0, 1], float32.
         small_photo (`torch.Tensor` of shape `(3, h, w)`): The photo at the matte's size, in bytes.
         photo (`torch.Tensor` of shape `(3, height, width)`): The photo itself, in bytes, on the matte's device.
-        radius (`int`, *optional*, defaults to 2): A window has 2 · radius + 1 pixels of the matte to a side.
+        radius (`int`, *optional*, defaults to 1): A window has 2 · radius + 1 pixels of the matte to a side.
         epsilon (`float`, *optional*, defaults to 1e-4): Variance of the colours (of 0 to 1) below which they guide
             little.
 
@@ -267,10 +270,7 @@ def guided_upsampling(
     Raises:
         ValueError: The photo at the matte's size has another size.
     """
-    if small_photo.shape[1:] != matte.shape:
-        raise ValueError(
-            f"`small_photo` must have the matte's size {tuple(matte.shape)}, got {tuple(small_photo.shape[1:])}"
-        )
+    _check_small_photo(matte, small_photo)
     functions = _functions_of_colour(matte, small_photo / 255, radius, epsilon)  # (4, h, w)
     height, width = photo.shape[-2:]
     step, large_matte = max(_PIXELS_PER_BAND // width, 1), matte.new_empty(height, width)
@@ -282,19 +282,77 @@ def guided_upsampling(
     return large_matte
 
 
+def sharpened_matte(
+    matte: torch.Tensor, small_photo: torch.Tensor, radius: int = 3, epsilon: float = 1e-4
+) -> torch.Tensor:
+    """
+    A matte as sharp as the photo of its size: edges that a network has drawn wider than they are become as narrow as
+    the colours' own transition.
+
+    A blurred matte still tells the colours of both sides. As in `guided_upsampling` it is fitted as a linear function
+    of the colours, window by window; but the blur flattens that function, so that the mean colour of the window's
+    foreground comes out below 1, and that of its background above 0. Here the slopes are raised until the two are a
+    whole step apart, as the matting equation I = αF + (1 − α)B has it. Where windows have one of both alone, or
+    colours that do not part them, the matte stays what it is.
+
+    Args:
+        matte (`torch.Tensor` of shape `(h, w)`): Matte in [0, 1], float32.
+        small_photo (`torch.Tensor` of shape `(3, h, w)`): The photo at the matte's size, in bytes.
+        radius (`int`, *optional*, defaults to 3): A window has 2 · radius + 1 pixels to a side: as far as the
+            matte's edges are from the photo's.
+        epsilon (`float`, *optional*, defaults to 1e-4): As for `guided_upsampling`.
+
+    Returns:
+        `torch.Tensor` of shape `(h, w)`, float32 in [0, 1].
+
+    Raises:
+        ValueError: The photo has another size than the matte.
+    """
+    _check_small_photo(matte, small_photo)
+    photo = small_photo / 255
+    slopes, _, _ = _fit(matte, photo, radius, epsilon)
+    # Weights that prefer the sure pixels of each side: their sums, mean colours and mean mattes.
+    weights = torch.stack([matte**2, (1 - matte) ** 2])  # (2, h, w)
+    shares = _window_mean(weights, radius)
+    colours = _window_mean((weights[:, None] * photo).flatten(0, 1), radius).unflatten(0, (2, 3))
+    foreground, background = colours / (shares[:, None] + 1e-6)  # (3, h, w) each
+    middle = (_window_mean(weights * matte, radius) / (shares + 1e-6)).mean(0)  # between both sides' mean mattes
+    distance = (slopes * (foreground - background)).sum(0)
+    slopes = slopes * (distance / (distance**2 + _NO_DISTANCE)).clamp(min=1)
+    constant = middle - (slopes * (foreground + background) / 2).sum(0)
+    # That the window has two sides, of two colours.
+    trust = (shares.amin(0) / _SHARE_OF_A_SIDE).clamp(max=1) * (distance / _DISTANCE_OF_SIDES).clamp(0, 1)
+    *slopes, constant, trust = _window_mean(torch.cat([slopes * trust, (constant * trust)[None], trust[None]]), radius)
+    return ((torch.stack(slopes) * photo).sum(0) + constant + (1 - trust) * matte).clamp(0, 1)
+
+
 def _functions_of_colour(matte: torch.Tensor, photo: torch.Tensor, radius: int, epsilon: float) -> torch.Tensor:
     """Slopes along red, green and blue, and the constant, of the function of each pixel: (4, h, w)."""
-
-    def mean(maps: torch.Tensor) -> torch.Tensor:  # of the windows' part inside the picture
-        return F.avg_pool2d(maps[None], 2 * radius + 1, 1, radius, count_include_pad=False)[0]
-
-    photo_mean, matte_mean = mean(photo), mean(matte[None])[0]
-    covariance = mean(photo * matte) - photo_mean * matte_mean  # (3, h, w)
-    variance = mean((photo[:, None] * photo).flatten(0, 1)).unflatten(0, (3, 3)) - photo_mean[:, None] * photo_mean
-    variance.diagonal().add_(epsilon)
-    slopes = _solve(variance, covariance)
+    slopes, photo_mean, matte_mean = _fit(matte, photo, radius, epsilon)
     constant = matte_mean - (slopes * photo_mean).sum(0)
-    return mean(torch.cat([slopes, constant[None]]))
+    return _window_mean(torch.cat([slopes, constant[None]]), radius)
+
+
+def _fit(matte: torch.Tensor, photo: torch.Tensor, radius: int, epsilon: float) -> tuple[torch.Tensor, ...]:
+    """Slopes (3, h, w) of the matte by the colours in the window around each pixel; its means of photo and matte."""
+    photo_mean, matte_mean = _window_mean(photo, radius), _window_mean(matte[None], radius)[0]
+    covariance = _window_mean(photo * matte, radius) - photo_mean * matte_mean  # (3, h, w)
+    products = _window_mean((photo[:, None] * photo).flatten(0, 1), radius).unflatten(0, (3, 3))
+    variance = products - photo_mean[:, None] * photo_mean
+    variance.diagonal().add_(epsilon)
+    return _solve(variance, covariance), photo_mean, matte_mean
+
+
+def _window_mean(maps: torch.Tensor, radius: int) -> torch.Tensor:
+    """Mean of (n, h, w) over the part of each pixel's window that lies inside the picture."""
+    return F.avg_pool2d(maps[None], 2 * radius + 1, 1, radius, count_include_pad=False)[0]
+
+
+def _check_small_photo(matte: torch.Tensor, small_photo: torch.Tensor) -> None:
+    if small_photo.shape[1:] != matte.shape:
+        raise ValueError(
+            f"`small_photo` must have the matte's size {tuple(matte.shape)}, got {tuple(small_photo.shape[1:])}"
+        )
 
 
 def _solve(matrices: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:

@@ -127,3 +127,25 @@ def test_stochastic_depth_rises_linearly_over_the_blocks():
     assert rates == pytest.approx([0.02 * i for i in range(12)])
     shifts = [block.shift for stage in backbone.layers for block in stage.blocks]
     assert shifts == [0, 3] * 6
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="the processor has no arithmetic for bfloat16")
+def test_weights_laid_out_once_give_the_very_same_products(monkeypatch):
+    """Without gradients, in bfloat16, oneDNN's own operator takes the place of `F.linear`."""
+    hidden_states = torch.randn(300, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+    layer = torch.nn.Linear(96, 40).bfloat16()
+    expected = layer(hidden_states)
+    with torch.no_grad():
+        product = layers_birefnet.layer_for_tiles(layer)
+        monkeypatch.setattr(torch.nn.functional, "linear", None)  # which is no longer called
+        torch.testing.assert_close(product(hidden_states), expected, rtol=0, atol=0)
+        torch.testing.assert_close(product(hidden_states.view(3, 100, 96)), expected.view(3, 100, 40), rtol=0, atol=0)
+
+
+def test_what_stands_in_place_of_a_linear_layer_is_called_itself():
+    layer, seen = torch.nn.Linear(8, 8).bfloat16(), []
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        layers_birefnet.layer_for_tiles(layer)(torch.ones(2, 8, dtype=torch.bfloat16))
+    assert len(seen) == 1
+    assert layers_birefnet.layer_for_tiles(torch.nn.Identity()).__class__ is torch.nn.Identity

@@ -19,7 +19,7 @@ from PIL import Image
 
 import birefnet
 from birefnet.repository.image_processing_birefnet import BiRefNetImageProcessor, load_photo
-from birefnet.repository.matting_birefnet import guided_upsampling
+from birefnet.repository.matting_birefnet import guided_upsampling, sharpened_matte
 
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -518,7 +518,8 @@ def test_mattes_follow_larger_photos_where_the_processor_is_told_to(processor):
     mattes = guided.post_process_alpha_matte(outputs, sizes, photos)
     planes = torch.from_numpy(noise).permute(2, 0, 1)
     small = torch.from_numpy(np.array(photos[0].resize((64, 32), Image.Resampling.BILINEAR))).permute(2, 0, 1)
-    assert torch.equal(mattes[0], guided_upsampling(outputs.logits[0, 0].sigmoid(), small, planes))
+    sharpened = sharpened_matte(outputs.logits[0, 0].sigmoid(), small)
+    assert torch.equal(mattes[0], guided_upsampling(sharpened, small, planes))
     assert torch.equal(mattes[1], plain[1])  # a smaller photo has no finer edges
     assert not torch.equal(mattes[2], plain[2])
     for unguided in (

@@ -13,6 +13,7 @@ from birefnet.repository.matting_birefnet import (
     cut_out,
     estimate_foreground,
     guided_upsampling,
+    sharpened_matte,
 )
 
 
@@ -209,6 +210,62 @@ def test_guided_upsampling_keeps_constant_mattes(value, photo):
 def test_guided_upsampling_refuses_a_photo_of_another_size():
     with pytest.raises(ValueError, match=r"\(8, 10\), got \(8, 8\)"):
         guided_upsampling(torch.zeros(8, 10), draw_photo(8, 8), draw_photo(16, 20))
+
+
+def slow_sharpened_matte(matte, photo, radius, epsilon):
+    """Window by window in float64: the least-squares line, raised until foreground and background are a step apart."""
+    functions, trusts = np.empty((4, *matte.shape)), np.empty(matte.shape)
+    windows = {
+        (y, x): (slice(max(y - radius, 0), y + radius + 1), slice(max(x - radius, 0), x + radius + 1))
+        for y, x in np.ndindex(matte.shape)
+    }
+    for place, window in windows.items():
+        colours, values = photo[(slice(None), *window)].reshape(3, -1), matte[window].ravel()
+        covariance = np.cov(colours, bias=True) + epsilon * np.eye(3)
+        slopes = np.linalg.solve(covariance, (colours * values).mean(1) - colours.mean(1) * values.mean())
+        front, back = values**2, (1 - values) ** 2
+        foreground, background = ((colours * w).mean(1) / (w.mean() + 1e-6) for w in (front, back))
+        middle = np.mean([(values * w).mean() / (w.mean() + 1e-6) for w in (front, back)])
+        distance = slopes @ (foreground - background)
+        slopes = slopes * max(distance / (distance**2 + 0.03), 1)
+        functions[(slice(None), *place)] = [*slopes, middle - slopes @ (foreground + background) / 2]
+        trusts[place] = min(front.mean() / 0.05, back.mean() / 0.05, 1) * np.clip(distance / 0.1, 0, 1)
+    result = np.empty(matte.shape)
+    for place, window in windows.items():  # each window's function says what this pixel is, as far as it is trusted
+        *slopes, constant = (functions[(slice(None), *window)] * trusts[window]).mean((1, 2))
+        result[place] = slopes @ photo[(slice(None), *place)] + constant + (1 - trusts[window].mean()) * matte[place]
+    return result.clip(0, 1)
+
+
+@pytest.mark.parametrize(("radius", "epsilon"), [(3, 1e-4), (1, 1e-2)])
+def test_sharpened_matte_equals_a_raised_fit_in_every_window(radius, epsilon):
+    disc = draw_disc(24, 31, 9)
+    photo = (0.7 * disc * 255 + 0.3 * draw_photo(24, 31)).byte()
+    expected = slow_sharpened_matte(disc[0].double().numpy(), photo.numpy() / 255, radius, epsilon)
+    assert np.abs(sharpened_matte(disc[0], photo, radius, epsilon).numpy() - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("softness", [1, 3])
+def test_an_edge_drawn_wider_than_the_photos_becomes_as_wide_as_that(softness):
+    """Also a photo's own soft edge is kept, not cut."""
+    alpha = draw_disc(96, 96, softness)
+    colours = torch.tensor([[200, 120, 40], [60, 90, 160]]).view(2, 3, 1, 1)
+    photo = (alpha * colours[0] + (1 - alpha) * colours[1]).round().byte()
+    wide = draw_disc(96, 96, 7)[0]
+    errors = [(matte - alpha[0]).abs().sum().item() for matte in (sharpened_matte(wide, photo), wide)]
+    assert errors[0] < errors[1] / 3
+
+
+@pytest.mark.parametrize("value", [0.0, 0.4, 1.0])
+def test_sharpened_matte_keeps_what_the_photo_says_nothing_about(value):
+    assert (sharpened_matte(torch.full((40, 50), value), draw_photo(40, 50)) - value).abs().max() < 1e-4
+    wide, gray = draw_disc(40, 50, 10)[0], torch.full((3, 40, 50), 77, dtype=torch.uint8)
+    assert (sharpened_matte(wide, gray) - wide).abs().max() < 1e-4
+
+
+def test_sharpened_matte_refuses_a_photo_of_another_size():
+    with pytest.raises(ValueError, match=r"\(8, 10\), got \(8, 8\)"):
+        sharpened_matte(torch.zeros(8, 10), draw_photo(8, 8))
 
 
 def test_matte_is_unchanged_without_edits():

@@ -37,32 +37,33 @@ def photos() -> dict[str, Image.Image]:
     }
 
 
-def scene() -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    """A ground that grows lighter downwards."""
-    picture = Image.linear_gradient("L").resize((640, 480))
+def scene(scale: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    """A ground that grows lighter downwards, of 640 x 480 pixels times the scale."""
+    picture = Image.linear_gradient("L").resize((640 * scale, 480 * scale))
     picture = Image.merge("RGB", [picture.point(lambda v, c=c: c + v // 4) for c in BLUE])
     return picture, ImageDraw.Draw(picture)
 
 
-def thin_legs() -> Image.Image:
-    picture, draw = scene()
-    draw.ellipse((180, 120, 460, 280), fill=ORANGE)
+def thin_legs(scale: int = 1) -> Image.Image:
+    picture, draw = scene(scale)
+    draw.ellipse([scale * v for v in (180, 120, 460, 280)], fill=ORANGE)
     for left in (220, 270, 370, 420):
-        draw.line((left, 260, left - 15, 430), fill=ORANGE, width=8)
+        draw.line([scale * v for v in (left, 260, left - 15, 430)], fill=ORANGE, width=8 * scale)
     return picture
 
 
-def ring() -> Image.Image:
-    picture, draw = scene()
-    draw.ellipse((170, 90, 470, 390), outline=ORANGE, width=55)
+def ring(scale: int = 1) -> Image.Image:
+    picture, draw = scene(scale)
+    draw.ellipse([scale * v for v in (170, 90, 470, 390)], outline=ORANGE, width=55 * scale)
     return picture
 
 
-def strands() -> Image.Image:
-    picture, draw = scene()
-    draw.ellipse((220, 170, 420, 370), fill=ORANGE)
+def strands(scale: int = 1) -> Image.Image:
+    picture, draw = scene(scale)
+    draw.ellipse([scale * v for v in (220, 170, 420, 370)], fill=ORANGE)
     for i in range(24):
-        draw.arc((140 + 9 * i, 60 + 5 * (i % 7), 340 + 9 * i, 330), 190 + 3 * i, 300 + 3 * i, fill=ORANGE, width=2)
+        box = [scale * v for v in (140 + 9 * i, 60 + 5 * (i % 7), 340 + 9 * i, 330)]
+        draw.arc(box, 190 + 3 * i, 300 + 3 * i, fill=ORANGE, width=2 * scale)
     return picture
 
 
@@ -76,21 +77,28 @@ def shown(picture: Image.Image) -> Image.Image:
     return picture
 
 
+def draw_sheet(cases: dict[str, tuple[Image.Image, ...]]) -> Image.Image:
+    """Two cases in a row, each with its title above its three pictures."""
+    cell_width, cell_height = 3 * (SIDE + MARGIN) + MARGIN, SIDE + 24
+    sheet = Image.new("RGB", (2 * cell_width, (len(cases) + 1) // 2 * cell_height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (title, pictures) in enumerate(cases.items()):
+        left, top = number % 2 * cell_width + MARGIN, number // 2 * cell_height
+        draw.text((left, top + 4), f"{number + 1}  {title}", fill="black")
+        for place, picture in enumerate(pictures):
+            sheet.paste(shown(picture), (left + place * (SIDE + MARGIN), top + 20))
+    return sheet
+
+
 def main(path: str):
     from transformers import pipeline
 
     remove_background = pipeline(model=str(repository_folder()), trust_remote_code=True)
-    cases = photos()
-    cell_width, cell_height = 3 * (SIDE + MARGIN) + MARGIN, SIDE + 24
-    sheet = Image.new("RGB", (2 * cell_width, (len(cases) + 1) // 2 * cell_height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for number, (title, photo) in enumerate(cases.items()):
-        left, top = number % 2 * cell_width + MARGIN, number // 2 * cell_height
-        draw.text((left, top + 4), f"{number + 1}  {title}", fill="black")
-        matte = remove_background(photo, return_mask=True)
-        for place, picture in enumerate((photo, matte, remove_background(photo))):
-            sheet.paste(shown(picture), (left + place * (SIDE + MARGIN), top + 20))
-    sheet.save(path, optimize=True)
+    cases = {
+        title: (photo, remove_background(photo, return_mask=True), remove_background(photo))
+        for title, photo in photos().items()
+    }
+    draw_sheet(cases).save(path, optimize=True)
 
 
 if __name__ == "__main__":

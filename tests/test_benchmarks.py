@@ -189,3 +189,13 @@ def test_startup_times_the_command_up_to_the_network(benchmark, tiny_model_folde
     assert not photo.with_suffix(".png").exists()
     with pytest.raises(RuntimeError, match="never called the network"):
         benchmark("startup").measure(photo, ["--batch-size", "none"])
+
+
+@pytest.mark.parametrize("deviation", [1, 3])
+def test_widths_of_edges_are_those_from_10_to_90_percent(benchmark, deviation):
+    """A step blurred by a Gauss function of standard deviation σ rises from 10 to 90 % over 2.563 σ."""
+    edges = benchmark("edges")
+    rows, columns = torch.arange(768).view(-1, 1) + 0.5, torch.arange(1024) + 0.5
+    radius = ((columns - edges.CENTRE[0]) ** 2 + (rows - edges.CENTRE[1]) ** 2).sqrt()
+    disc = 0.1 + 0.8 * torch.special.ndtr((240 - radius) / deviation)
+    assert abs(edges.width_of_edge(disc, edges.OUTLINE) - 2.563 * deviation) < 0.3

@@ -322,8 +322,8 @@ def sharpened_matte(
     constant = middle - (slopes * (foreground + background) / 2).sum(0)
     # That the window has two sides, of two colours.
     trust = (shares.amin(0) / _SHARE_OF_A_SIDE).clamp(max=1) * (distance / _DISTANCE_OF_SIDES).clamp(0, 1)
-    *slopes, constant, trust = _window_mean(torch.cat([slopes * trust, (constant * trust)[None], trust[None]]), radius)
-    return ((torch.stack(slopes) * photo).sum(0) + constant + (1 - trust) * matte).clamp(0, 1)
+    functions = _window_mean(torch.cat([slopes * trust, (constant * trust)[None], trust[None]]), radius)  # (5, h, w)
+    return ((functions[:3] * photo).sum(0) + functions[3] + (1 - functions[4]) * matte).clamp(0, 1)
 
 
 def _functions_of_colour(matte: torch.Tensor, photo: torch.Tensor, radius: int, epsilon: float) -> torch.Tensor:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_birefnet import DINO_V3_BACKBONES, SWIN_BACKBONES
-from .layers_birefnet import concatenate, layer_for_tiles, tiles
+from .layers_birefnet import attention, concatenate, layer_for_tiles, tiles
 
 
 def create_backbone(config):
@@ -227,7 +227,7 @@ class WindowAttention(nn.Module):
             scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5 + bias
             attended = scores.softmax(dim=-1) @ value
         else:
-            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+            attended = attention(query, key, value, bias)
         return attended.transpose(1, 2).reshape(number * tokens, channels)
 
 

@@ -55,7 +55,12 @@ def linear_for_tiles(weight: torch.Tensor, bias: torch.Tensor | None) -> Callabl
     Before a product in bfloat16 oneDNN lays the weight out anew, in up to a fifth of the product's time. Where that
     can be, it is done here, once for all tiles; the sums are the same ones.
     """
-    if weight.dtype != torch.bfloat16 or not _can_lay_out(weight):
+    can_lay_out = (
+        _infers_in_bfloat16_on_cpu(weight)
+        and torch.backends.mkldnn.is_available()
+        and not torch._C._is_torch_function_mode_enabled()  # such as int8's
+    )
+    if not can_lay_out:
         return lambda tile: F.linear(tile, weight, bias)
     laid_out = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
     return lambda tile: torch.ops.mkldnn._linear_pointwise(tile, laid_out, bias, "none", [], "")
@@ -68,15 +73,42 @@ def layer_for_tiles(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     return linear_for_tiles(layer.weight, layer.bias) if is_plain and not is_watched else layer
 
 
-def _can_lay_out(weight: torch.Tensor) -> bool:
-    """Whether oneDNN's own operator may be used, which has no gradient, no graph, and no other arithmetic for it."""
+def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """
+    `F.scaled_dot_product_attention` of small windows: (n, heads, tokens, width) each, the bias (1, heads, tokens,
+    tokens).
+
+    In bfloat16 on a CPU that operator multiplies 32 rows of one head at a time, which costs more than the arithmetic.
+    There each product is one for all heads of a few windows, whose scores stay in the cache: half the time. Scores
+    and their softmax are float32, like inside that operator; the products of queries and keys are rounded before.
+    """
+    if not _infers_in_bfloat16_on_cpu(query):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    number, heads, tokens, width = query.shape
+    attended, bias = query.new_empty(query.shape), bias.float()
+    parts = tiles(number, heads * tokens**2, bias)
+    scores = bias.new_empty(parts[0].stop, heads, tokens, tokens)
+    shares, rounded = torch.empty_like(scores), torch.empty_like(scores, dtype=query.dtype)
+    for part in parts:
+        queries, keys, values, output = (maps[part].flatten(0, 1) for maps in (query, key, value, attended))
+        windows = slice(part.stop - part.start)  # the last part may have fewer
+        products = rounded[windows].flatten(0, 1)
+        torch.bmm(queries, keys.transpose(1, 2), out=products)
+        torch.add(bias, rounded[windows], alpha=width**-0.5, out=scores[windows])
+        torch.softmax(scores[windows], dim=-1, out=shares[windows])
+        rounded[windows].copy_(shares[windows])
+        torch.bmm(products, values, out=output)
+    return attended
+
+
+def _infers_in_bfloat16_on_cpu(tensor: torch.Tensor) -> bool:
+    """Whether operators may be used that are faster then, but have no gradient and no graph."""
     return (
-        weight.device.type == "cpu"
-        and torch.backends.mkldnn.is_available()
+        tensor.dtype == torch.bfloat16
+        and tensor.device.type == "cpu"
         and torch.cpu._is_avx512_bf16_supported()
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and not torch._C._is_torch_function_mode_enabled()  # such as int8's
     )
 
 

@@ -149,3 +149,37 @@ def test_what_stands_in_place_of_a_linear_layer_is_called_itself():
         layers_birefnet.layer_for_tiles(layer)(torch.ones(2, 8, dtype=torch.bfloat16))
     assert len(seen) == 1
     assert layers_birefnet.layer_for_tiles(torch.nn.Identity()).__class__ is torch.nn.Identity
+
+
+def draw_windows(number, heads, tokens, dtype):
+    """Queries, keys, values as a linear layer leaves them, and a bias."""
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(number, tokens, 3, heads, 32, generator=generator).to(dtype)
+    return *qkv.permute(2, 0, 3, 1, 4).unbind(0), torch.randn(1, heads, tokens, tokens, generator=generator).to(dtype)
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="the processor has no arithmetic for bfloat16")
+@pytest.mark.parametrize(("number", "windows_at_once"), [(7, 3), (4, 9), (2, 0.5)])
+def test_attention_in_bfloat16_is_about_as_exact_as_the_operators(monkeypatch, number, windows_at_once):
+    query, key, value, bias = draw_windows(number, 3, 49, torch.bfloat16)
+    maps = [part.float() for part in (query, key, value, bias)]
+    scores = maps[0] @ maps[1].transpose(2, 3) * 32**-0.5 + maps[3]
+    expected = scores.softmax(-1) @ maps[2]
+    operator = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    monkeypatch.setattr(layers_birefnet, "CPU_TILE_BYTES", int(windows_at_once * 4 * 3 * 49**2))
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)  # which is not called
+    with torch.no_grad():
+        found = layers_birefnet.attention(query, key, value, bias)
+    assert found.dtype == torch.bfloat16 and found.shape == expected.shape
+    errors = [(result.float() - expected).abs().mean() for result in (found, operator)]
+    assert errors[0] < 2.5 * errors[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_with_gradients_is_the_operator(dtype):
+    query, key, value, bias = draw_windows(2, 3, 49, dtype)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    torch.testing.assert_close(layers_birefnet.attention(query, key, value, bias), expected, rtol=0, atol=0)
+    bias.requires_grad_()
+    layers_birefnet.attention(query, key, value, bias).sum().backward()
+    assert bias.grad.abs().sum() > 0

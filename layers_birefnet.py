@@ -92,12 +92,12 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias:
     for part in parts:
         queries, keys, values, output = (maps[part].flatten(0, 1) for maps in (query, key, value, attended))
         windows = slice(part.stop - part.start)  # the last part may have fewer
-        products = rounded[windows].flatten(0, 1)
-        torch.bmm(queries, keys.transpose(1, 2), out=products)
+        matrices = rounded[windows].flatten(0, 1)  # of products, then of shares
+        torch.bmm(queries, keys.transpose(1, 2), out=matrices)
         torch.add(bias, rounded[windows], alpha=width**-0.5, out=scores[windows])
         torch.softmax(scores[windows], dim=-1, out=shares[windows])
         rounded[windows].copy_(shares[windows])
-        torch.bmm(products, values, out=output)
+        torch.bmm(matrices, values, out=output)
     return attended
 
 

@@ -79,8 +79,9 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias:
     tokens).
 
     In bfloat16 on a CPU that operator multiplies 32 rows of one head at a time, which costs more than the arithmetic.
-    There each product is one for all heads of a few windows, whose scores stay in the cache: half the time. Scores
-    and their softmax are float32, like inside that operator; the products of queries and keys are rounded before.
+    There each product is one for all heads of a few windows, whose scores stay in the cache: 30 to 40 % less time.
+    Scores and their softmax are float32, like inside that operator; the products of queries and keys are rounded
+    before.
     """
     if not _infers_in_bfloat16_on_cpu(query):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)

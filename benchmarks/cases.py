@@ -5,6 +5,7 @@ What the embedded weights make of ten pictures, for the model card: photos that 
 """
 
 import sys
+from collections.abc import Callable
 
 from PIL import Image, ImageDraw
 
@@ -67,6 +68,11 @@ def strands(scale: int = 1) -> Image.Image:
     return picture
 
 
+def photo_matte_and_cutout(photo: Image.Image, remove_background: Callable) -> tuple[Image.Image, ...]:
+    cutout = remove_background(photo)
+    return photo, cutout.getchannel("A"), cutout
+
+
 def shown(picture: Image.Image) -> Image.Image:
     if picture.mode == "RGBA":
         board = checkerboard(picture.size)
@@ -94,10 +100,7 @@ def main(path: str):
     from transformers import pipeline
 
     remove_background = pipeline(model=str(repository_folder()), trust_remote_code=True)
-    cases = {
-        title: (photo, remove_background(photo, return_mask=True), remove_background(photo))
-        for title, photo in photos().items()
-    }
+    cases = {title: photo_matte_and_cutout(photo, remove_background) for title, photo in photos().items()}
     draw_sheet(cases).save(path, optimize=True)
 
 

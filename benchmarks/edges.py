@@ -8,7 +8,7 @@ import math
 import sys
 
 import torch
-from cases import SIDE, draw_sheet, photos, ring, strands, thin_legs
+from cases import SIDE, draw_sheet, photo_matte_and_cutout, photos, ring, strands, thin_legs
 from PIL import Image, ImageFilter
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModelForImageSegmentation, pipeline
@@ -67,8 +67,7 @@ def close_ups() -> dict[str, tuple[Image.Image, ...]]:
     remove_background = pipeline(model=str(repository_folder()), trust_remote_code=True)
     found = {}
     for title, (name, (left, top), side) in CLOSE_UPS.items():
-        photo = pictures[name]
-        steps = photo, remove_background(photo, return_mask=True), remove_background(photo)
+        steps = photo_matte_and_cutout(pictures[name], remove_background)
         box = (left, top, left + side, top + side)
         found[title] = tuple(step.crop(box).resize((SIDE, SIDE), Image.Resampling.NEAREST) for step in steps)
     return found

@@ -12,7 +12,7 @@ from itertools import chain, islice
 
 from birefnet.concurrency import bounded_map
 from birefnet.cutout.jobs import Job, Report
-from birefnet.photos.reading import read_photo
+from birefnet.photos.reading import DecodedPhoto, read_photo
 from birefnet.photos.writing import encode_picture, write_whole
 
 
@@ -34,9 +34,21 @@ def cut_out_photos(
         overwrite: whether results that have appeared since the jobs were planned are replaced.
         options: those of the pipeline's call, such as `return_mask` and `background`.
     """
+    yield from run_stages(jobs, Stages(remover, picture_format, overwrite, options), batch_size)
+
+
+def run_stages(jobs: list, stages: "Stages", batch_size: int) -> Iterator:
+    """
+    Sends jobs through the stages as `cut_out_photos` describes and yields what `stages.finish` returns for each.
+
+    Args:
+        jobs: what `stages.decode` takes.
+        stages: a `Stages`, or a subclass that reads and writes elsewhere.
+        batch_size: photos per call of the network.
+    """
     import torch  # here, since it takes a second, and the command line reads this module for its help
 
-    stages = _Stages(remover, picture_format, overwrite, options)
+    remover = stages.remover
     cores = torch.get_num_threads()
     helpers = max(1, min(4, os.cpu_count() or 1, len(jobs)))
     networks = max(1, min(2, cores, len(jobs) // batch_size)) if remover.device.type == "cpu" else 1
@@ -87,7 +99,7 @@ def _networks_stopped_by() -> Iterator[threading.Event]:
 
 
 @dataclass
-class _PhotoInWork:
+class PhotoInWork:
     """What travels from stage to stage. One whose report has an error passes the remaining stages untouched."""
 
     job: Job
@@ -96,7 +108,9 @@ class _PhotoInWork:
     encoder_options: dict | None = None
 
 
-class _Stages:
+class Stages:
+    """Decoding, network and finishing of photos. Subclasses override `read` and `write`."""
+
     def __init__(self, remover, picture_format: str, overwrite: bool, options: dict):
         self.remover = remover
         self.picture_format = picture_format
@@ -105,16 +119,19 @@ class _Stages:
         # A mask of its own needs no more of a photo than the network sees; all else needs all of its pixels.
         self.sufficient_side = _draft_side(remover.image_processor) if options.get("return_mask") else None
 
-    def decode(self, job: Job) -> _PhotoInWork:
-        photo = _PhotoInWork(job, Report(job.source.name))
+    def read(self, job: Job) -> DecodedPhoto:
+        return read_photo(job.source, self.sufficient_side)
+
+    def decode(self, job: Job) -> PhotoInWork:
+        photo = PhotoInWork(job, Report(job.source.name))
         with _accounted([photo]):
-            decoded = read_photo(job.source, self.sufficient_side)
+            decoded = self.read(job)
             photo.report.size, photo.encoder_options = decoded.size, decoded.encoder_options
             photo.data = self.remover.preprocess(decoded.image)
             photo.data["target_size"] = decoded.size[::-1]
         return photo
 
-    def run_network(self, batch: list[_PhotoInWork]) -> list[_PhotoInWork]:
+    def run_network(self, batch: list[PhotoInWork]) -> list[PhotoInWork]:
         """A batch that fails is run again photo by photo, for the sake of the sound ones."""
         sound = [photo for photo in batch if photo.report.error is None]
         if not self._forward(sound) and len(sound) > 1:
@@ -123,7 +140,7 @@ class _Stages:
                 self._forward([photo])
         return batch
 
-    def _forward(self, photos: list[_PhotoInWork]) -> bool:
+    def _forward(self, photos: list[PhotoInWork]) -> bool:
         """Replaces the photos' inputs by outputs; False if that failed."""
         if not photos:
             return True
@@ -133,15 +150,15 @@ class _Stages:
                 photo.data = output
         return photos[0].report.error is None
 
-    def finish(self, photo: _PhotoInWork) -> Report:
+    def finish(self, photo: PhotoInWork) -> Report:
         if photo.report.error is None:
             with _accounted([photo]):
                 picture = self.remover.postprocess(photo.data, **self.options)
                 encoded = encode_picture(picture, self.picture_format, photo.encoder_options)
-                self._write(encoded, photo)
+                self.write(encoded, photo)
         return photo.report
 
-    def _write(self, encoded: bytes, photo: _PhotoInWork) -> None:
+    def write(self, encoded: bytes, photo: PhotoInWork) -> None:
         output = photo.job.output
         if output is None:
             sys.stdout.buffer.write(encoded)
@@ -165,7 +182,7 @@ def _draft_side(image_processor) -> int | None:
 
 
 @contextmanager
-def _accounted(photos: list[_PhotoInWork]) -> Iterator[None]:
+def _accounted(photos: list[PhotoInWork]) -> Iterator[None]:
     """Adds the time spent inside to the photos' reports, and the error if there was one."""
     start = time.perf_counter()
     error = None

@@ -22,6 +22,7 @@ class PhotoSource:
 
     path: Path | None  # None: standard input
     relative: Path
+    content: bytes | None = None  # the file's bytes, if they have been read already
 
     @property
     def name(self) -> str:

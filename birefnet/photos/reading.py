@@ -30,9 +30,10 @@ def read_photo(source: PhotoSource, sufficient_side: int | None = None) -> Decod
     Raises:
         OSError, ValueError: the file cannot be read, or holds no whole picture.
     """
-    encoded = io.BytesIO(sys.stdin.buffer.read()) if source.path is None else source.path
-    if isinstance(encoded, io.BytesIO) and not encoded.getbuffer().nbytes:
-        raise ValueError("standard input is empty")
+    content = sys.stdin.buffer.read() if source.path is None and source.content is None else source.content
+    if content is not None and not content:
+        raise ValueError("standard input is empty" if source.path is None else "the file is empty")
+    encoded = source.path if content is None else io.BytesIO(content)
     try:
         with Image.open(encoded) as image:
             return _decode(image, sufficient_side)

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 
+from PIL import Image
+
 from birefnet.concurrency import bounded_map
 from birefnet.cutout.jobs import Job, Report
 from birefnet.photos.reading import DecodedPhoto, read_photo
@@ -109,7 +111,7 @@ class PhotoInWork:
 
 
 class Stages:
-    """Decoding, network and finishing of photos. Subclasses override `read` and `write`."""
+    """Decoding, network and finishing of photos. Subclasses may override `read`, `deliver` and `write`."""
 
     def __init__(self, remover, picture_format: str, overwrite: bool, options: dict):
         self.remover = remover
@@ -154,9 +156,11 @@ class Stages:
         if photo.report.error is None:
             with _accounted([photo]):
                 picture = self.remover.postprocess(photo.data, **self.options)
-                encoded = encode_picture(picture, self.picture_format, photo.encoder_options)
-                self.write(encoded, photo)
+                self.deliver(picture, photo)
         return photo.report
+
+    def deliver(self, picture: Image.Image, photo: PhotoInWork) -> None:
+        self.write(encode_picture(picture, self.picture_format, photo.encoder_options), photo)
 
     def write(self, encoded: bytes, photo: PhotoInWork) -> None:
         output = photo.job.output

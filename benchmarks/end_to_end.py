@@ -3,9 +3,9 @@
     python benchmarks/end_to_end.py
     python benchmarks/end_to_end.py --model lite --photos 10 --format webp --json out/end_to_end.json
 
-The photos are drawn and have 2 to 12 megapixels. The first run times one stage after the other. The second run works as
-`birefnet cutout` does: all stages run at the same time, and on a CPU two networks run on half of the cores each. Its
-throughput is compared with the network's own throughput in the first run.
+The photos are drawn and have 2 to 12 megapixels. The first run times one stage after the other. The second run works
+as `birefnet cutout` does: all stages run at the same time, and on a CPU two networks run on half of the cores each.
+Its throughput is compared with the network's own throughput in the first run.
 """
 
 import argparse

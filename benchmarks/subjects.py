@@ -75,8 +75,8 @@ def drawn_weights(config: BiRefNetConfig) -> dict[str, torch.Tensor]:
     """
     Random weights that keep activations at order one and give deformable convolutions offsets of a few pixels.
 
-    Trained weights have such offsets. With PyTorch's initialisation, offsets are zero, and sampling is faster than with
-    trained weights.
+    Trained weights have such offsets. With PyTorch's initialisation, offsets are zero, and sampling is faster than
+    with trained weights.
     """
     with torch.device("meta"):
         shapes = BiRefNetForImageSegmentation(config).state_dict()

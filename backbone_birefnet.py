@@ -209,7 +209,8 @@ class WindowAttention(nn.Module):
         Returns:
             The attention's output at each window position, (B·windows·w², C), without `proj`.
         """
-        return concatenate_tiles(self.attend_tile_by_tile(hidden_states, partition), len(partition.to_windows))
+        positions = partition.to_windows.shape[0]  # not `len`, which would fix a symbolic batch
+        return concatenate_tiles(self.attend_tile_by_tile(hidden_states, partition), positions)
 
     def attend_tile_by_tile(self, hidden_states: torch.Tensor, partition: WindowPartition) -> Iterator[torch.Tensor]:
         bias, embed = self.relative_position_bias(), prepack_layer(self.qkv)

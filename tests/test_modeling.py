@@ -21,7 +21,10 @@ from . import reference_weights
 FIXTURES = Path(__file__).parent / "fixtures"
 MANIFESTS = json.loads(gzip.decompress((FIXTURES / "reference.json.gz").read_bytes()))
 REFERENCE = load_file(FIXTURES / "reference.safetensors")  # maps wider than 64: every 4th row from 1, column from 2
-TOLERANCE = 2e-5  # of the standard deviation
+TOLERANCE = 2e-5  # in standard deviations
+# Gradient targets in float32. Second differences of logits amplify rounding errors: those of the published model alone
+# reach 1.5e-5, and those of this model depend on the processor's order of summation (1.6e-5 and 2.5e-5 were measured).
+GRADIENT_TARGET_TOLERANCE = 4e-5
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +111,7 @@ def test_training_outputs_equal_the_published_model(name, reference_model):
     for i, value in enumerate(output.gradient_logits or ()):
         assert difference(name, f"train.gradient_logits.{i}", value) < TOLERANCE
     for i, value in enumerate(output.gradient_targets or ()):
-        # At most 1.6e-5 on AVX-512. Most of it is the reference's own rounding error (the next test excludes ours), so
-        # a processor with another order of summation may exceed the tolerance.
-        assert difference(name, f"train.gradient_target.{i}", value) < TOLERANCE
+        assert difference(name, f"train.gradient_target.{i}", value) < GRADIENT_TARGET_TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["swin_v1_l", "swin_v1_t"])

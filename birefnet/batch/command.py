@@ -20,9 +20,9 @@ from birefnet.inference.arguments import add_model_arguments, positive
 
 
 DESCRIPTION = """\
-Cut the subjects out of very many photos, on this machine or on a Ray cluster. Work is done in blocks; each is committed
-whole, with a manifest. The same command again does only what is missing or has changed. Photos that cannot be read go
-to a table of errors, and the rest goes on."""
+Cut the subjects out of very many photos, on this machine or on a Ray cluster. Photos are worked on in blocks. Each
+block is committed whole, with a manifest. The same command again does only what is missing or has changed. Photos that
+cannot be read go to a table of errors, and the rest goes on."""
 
 
 EXAMPLES = """\
@@ -186,8 +186,8 @@ class _Batch:
                 )
         elif self.storage.names("") and not self.arguments.overwrite:
             raise UsageError(
-                f"{self.storage.url} holds files that `birefnet batch` has not written: give a new or empty folder, or "
-                "--overwrite to replace files of the same names"
+                f"{self.storage.url} holds files that `birefnet batch` has not written: give a new or empty folder, "
+                "or --overwrite to replace files of the same names"
             )
         if not self.arguments.plan:
             self.storage.remove_partial_files()

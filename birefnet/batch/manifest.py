@@ -1,5 +1,5 @@
 """
-What a sink holds: one manifest per block, written after the block's results and therefore proof that they are complete.
+What a sink holds: results, and one manifest per block. A manifest is written after the block's results are complete.
 
     SINK/_birefnet/settings.json       the settings that all results share
     SINK/_birefnet/blocks/NAME.jsonl   a header, then one line per photo: source, version, sha256, result or error

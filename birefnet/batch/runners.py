@@ -138,7 +138,10 @@ def connect(address: str):
         raise CommandError(f"--ray {address}: {' '.join(str(error).split())}") from error
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.execution_no_progress_timeout_s = None  # a block of large photos takes its time on a CPU
+    context.execution_no_progress_timeout_s = -1  # none: a block of large photos takes its time on a CPU
+    # A worker that dies while it loads the model is replaced, as one that dies later. Enough for lost spot machines;
+    # few enough to end a run whose model cannot be loaded anywhere.
+    context.max_consecutive_actor_init_deaths = 5
     return ray
 
 

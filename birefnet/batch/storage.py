@@ -8,12 +8,11 @@ first and is renamed when it is complete.
 import errno
 import os
 import random
-import shutil
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -134,10 +133,8 @@ class Storage:
 
     def remove(self, name: str) -> None:
         """Deletes a file, if it is there."""
-        try:
+        with suppress(FileNotFoundError):
             with_retries(self.filesystem.rm_file, self.path(name))
-        except FileNotFoundError:
-            pass
 
     def remove_partial_files(self, folder: str = "") -> None:
         """Deletes what killed processes left on a local disk. No worker may be running."""
@@ -147,15 +144,6 @@ class Storage:
             for name in names:
                 if name.startswith(".birefnet-") and name.endswith(".partial"):
                     Path(parent, name).unlink(missing_ok=True)
-
-    def free_bytes(self) -> int | None:
-        """What a local disk has left; None for an object store."""
-        if not self.is_local:
-            return None
-        existing = Path(self.root)
-        while not existing.exists():
-            existing = existing.parent
-        return shutil.disk_usage(existing).free
 
 
 def open_filesystem(url: str):

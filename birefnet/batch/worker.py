@@ -1,7 +1,7 @@
 """
 One block of photos: read, cut out by the stages of `birefnet cutout`, written to the sink, and committed.
 
-The same `BlockWorker` runs in this process and in Ray's actors, so a photo's result does not depend on where it is made.
+The same `BlockWorker` runs in this process and in Ray's actors, so that a photo's result is the same in both.
 """
 
 import hashlib

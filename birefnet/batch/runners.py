@@ -88,7 +88,7 @@ def run_blocks_on_ray(
     Raises:
         SinkError: the sink takes no more. CommandError: there is no such cluster, or it cannot serve the workers.
     """
-    ray = connect(cluster.address)
+    ray, started = connect(cluster.address)
     try:
         workers, cpus, gpus = share_out(cluster, ray.cluster_resources(), len(blocks))
         stored = put_in_object_store(model)
@@ -110,12 +110,16 @@ def run_blocks_on_ray(
     except ray.exceptions.RayError as error:
         raise CommandError(f"Ray: {str(error).strip().splitlines()[-1]}") from error
     finally:
-        ray.shutdown()
+        if started:
+            ray.shutdown()
 
 
 def connect(address: str):
     """
-    Starts Ray on this machine or joins a cluster; returns the module `ray`.
+    Starts Ray on this machine or joins a cluster, unless this process has done so already.
+
+    Returns:
+        The module `ray`, and whether it has been started or joined here.
 
     Raises:
         CommandError: Ray is not installed, or there is no such cluster.
@@ -127,13 +131,15 @@ def connect(address: str):
         import ray.data
     except ImportError as error:
         raise CommandError(f'--ray needs Ray Data: pip install "birefnet-transformers[batch]" ({error})') from error
+    started = not ray.is_initialized()
     try:
-        ray.init(
-            address=address,
-            include_dashboard=False if address == "local" else None,
-            log_to_driver=False,
-            logging_level="warning",
-        )
+        if started:
+            ray.init(
+                address=address,
+                include_dashboard=False if address == "local" else None,
+                log_to_driver=False,
+                logging_level="warning",
+            )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise CommandError(f"--ray {address}: {' '.join(str(error).split())}") from error
     context = ray.data.DataContext.get_current()
@@ -142,7 +148,7 @@ def connect(address: str):
     # A worker that dies while it loads the model is replaced, as one that dies later. Enough for lost spot machines;
     # few enough to end a run whose model cannot be loaded anywhere.
     context.max_consecutive_actor_init_deaths = 5
-    return ray
+    return ray, started
 
 
 def share_out(cluster: Cluster, resources: dict, blocks: int) -> tuple[int, float, float]:

@@ -6,9 +6,9 @@
     python benchmarks/batch.py throughput out/batch/photos --number 200
     python benchmarks/batch.py simulate --actors 1 2 4 8 16
 
-`undisturbed` and `disturbed` use two workers of one core each. `disturbed` kills a worker every 20 s (SIGKILL). At half
-of the blocks it kills the driver, and starts the same command again. Both write the memory of all processes over time
-beside the sink, as JSON and as a picture. `simulate` has a stub in place of the network, which sleeps.
+`undisturbed` and `disturbed` use two workers of one core each. `disturbed` kills a worker every 20 s (SIGKILL). At
+half of the blocks it kills the driver, and starts the same command again. Both write the memory of all processes over
+time beside the sink, as JSON and as a picture. `simulate` has a stub in place of the network, which sleeps.
 """
 
 import argparse

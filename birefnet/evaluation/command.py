@@ -133,7 +133,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--csv", type=Path, metavar="FILE", help="write the measures of each picture")
     output.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help=f"draw the {CASES} worst cases, by MAE")
     output.add_argument("--curves", type=Path, metavar="FILE.png", help="draw precision-recall and F-measure curves")
-    output.add_argument("--update-card", type=Path, metavar="README.md", help="write --results into a model card")
+    output.add_argument(
+        "--update-card",
+        type=Path,
+        nargs="+",
+        metavar="FILE.md",
+        help="write --results into Markdown files: tables between their markers, and the model-index of a README.md",
+    )
     output.add_argument("--results", type=Path, nargs="+", metavar="FILE", help="result files for --update-card")
     add_model_arguments(parser.add_argument_group("model"), with_variant=False)
     parser.add_argument("--workers", type=int, metavar="N", help="processes that measure (default: one per core)")
@@ -144,9 +150,9 @@ def run(arguments: argparse.Namespace) -> int:
     check_arguments(arguments)
     try:
         if arguments.update_card:
-            from birefnet.evaluation.card import update_card
+            from birefnet.evaluation.card import update_cards
 
-            update_card(arguments.update_card, arguments.results)
+            update_cards(arguments.update_card, arguments.results)
             return 0
         metrics.require_libraries()
         return run_evaluation(arguments)

@@ -16,18 +16,13 @@ from birefnet.photos.writing import write_whole
 
 MAIN_MEASURES = ("S", "maxF", "wF", "meanE", "MAE", "IoU", "meanBIoU")
 """The measures of the `model-index` and of the short table: one of each kind, so that a card stays readable."""
-TABLES = {
-    "table of birefnet evaluate": tuple(MEASURES),
-    "main measures of birefnet evaluate": MAIN_MEASURES,
-}
-"""Measures of each table, by the name in its markers `<!-- begin: NAME -->` and `<!-- end: NAME -->`."""
 TASK = "image-segmentation"
 
 
 def update_cards(paths: list[Path], result_paths: list[Path]):
     """Writes result files into Markdown files.
 
-    Between the markers of `TABLES`, a file gets a table with all results. A file named README.md is a model card: its
+    Between the markers of `TABLES`, a file gets tables with all results. A file named README.md is a model card: its
     whole `model-index` is replaced by the results of models. Baselines appear in the tables only.
 
     Args:
@@ -124,23 +119,44 @@ def evaluation_results(result: dict) -> list[EvalResult]:
 
 def with_tables(text: str, results: list[dict]) -> str:
     """Returns the text with new tables between the markers of `TABLES`. Text without markers stays unchanged."""
-    for name, measures in TABLES.items():
+    for name, make_table in TABLES.items():
         begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
         pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-        new = f"{begin}\n{table(results, measures)}\n{end}"
+        new = f"{begin}\n{make_table(results)}\n{end}"
         text = pattern.sub(lambda _, new=new: new, text)
     return text
 
 
-def table(results: list[dict], measures: tuple[str, ...]) -> str:
+def complete_table(results: list[dict]) -> str:
     """Returns a Markdown table with one row per measure and one column per result."""
-    heads = [
-        f"{result['model']['name']} ({result['data']['name']}, {result['settings']['resolution']})"
-        for result in results
-    ]
-    lines = [["measure", *heads], ["---", *("---:" for _ in heads)]]
-    for name in measures:
-        arrow = "↓" if name in LOWER_IS_BETTER else "↑"
-        values = (format_value(result["measures"][name]) for result in results)
-        lines.append([f"{MEASURES[name]} {arrow}", *values])
+    lines = [["measure", *map(result_title, results)], ["---", *("---:" for _ in results)]]
+    for name in MEASURES:
+        lines.append([measure_title(name), *(format_value(result["measures"][name]) for result in results)])
+    return markdown(lines)
+
+
+def short_table(results: list[dict]) -> str:
+    """Returns a Markdown table with one row per result and one column per measure of `MAIN_MEASURES`."""
+    lines = [["", *map(measure_title, MAIN_MEASURES)], ["---", *("---:" for _ in MAIN_MEASURES)]]
+    for result in results:
+        lines.append([result_title(result), *(format_value(result["measures"][name]) for name in MAIN_MEASURES)])
+    return markdown(lines)
+
+
+def result_title(result: dict) -> str:
+    """Returns what was measured: model, data and, for models, the input size."""
+    parts = [result["model"]["name"], result["data"]["name"]]
+    return ", ".join(parts if result["model"]["is_baseline"] else [*parts, result["settings"]["resolution"]])
+
+
+def measure_title(name: str) -> str:
+    """Returns a measure's title with an arrow that shows which direction is better."""
+    return f"{MEASURES[name]} {'↓' if name in LOWER_IS_BETTER else '↑'}"
+
+
+def markdown(lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+TABLES = {"table of birefnet evaluate": complete_table, "main measures of birefnet evaluate": short_table}
+"""What makes each table, by the name in its markers `<!-- begin: NAME -->` and `<!-- end: NAME -->`."""

@@ -120,16 +120,16 @@ def get_variant(name):
     raise ValueError(f"There is no variant {name!r}; there are {', '.join(VARIANTS)}.")
 
 
-def readme_rows():
-    """The table of the official checkpoints for README.md, in Markdown."""
+def variants_table():
+    """Returns the table of docs/choosing-a-variant.md in Markdown."""
     lines = [
-        "| variant | repository | network | size | good for |",
-        "|---|---|---|---|---|",
+        "| variant | repository | network | input size | good for | not for |",
+        "|---|---|---|---|---|---|",
     ]
     for variant in VARIANTS.values():
         link = f"[{variant.repository}](https://huggingface.co/{variant.repository})"
-        network = variant.config["backbone"]
-        lines.append(f"| `{variant.name}` | {link} | {network} | {variant.size_text} | {variant.good_for} |")
+        facts = (f"`{variant.name}`", link, variant.config["backbone"], variant.size_text)
+        lines.append(f"| {' | '.join((*facts, variant.good_for, variant.avoid))} |")
     return "\n".join(lines)
 
 

@@ -21,7 +21,7 @@ from birefnet.hub.download import fetch_checkpoint
 from birefnet.hub.folders import official_config, write_weights
 from birefnet.hub.load import load_variant
 from birefnet.hub.publish import draw_picture
-from birefnet.hub.variants import KINDS, VARIANTS, choose_variant, get_variant, readme_rows
+from birefnet.hub.variants import KINDS, VARIANTS, choose_variant, get_variant, variants_table
 from birefnet.hub.verification import compute_matte
 from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
 
@@ -148,11 +148,11 @@ def test_the_command_prints_the_whole_table(capsys):
     assert entries == expected
 
 
-def test_the_readme_has_the_table():
-    rows = readme_rows().splitlines()[2:]
+def test_the_documentation_has_the_table():
+    rows = variants_table().splitlines()[2:]
     assert [row.split("`")[1] for row in rows] == list(VARIANTS)
-    # After a change of the table: python -c "from birefnet.hub.variants import readme_rows; print(readme_rows())"
-    assert readme_rows() in (ROOT / "README.md").read_text()
+    # After a change of the table: python -c "from birefnet.hub.variants import variants_table; print(variants_table())"
+    assert variants_table() in (ROOT / "docs/choosing-a-variant.md").read_text()
 
 
 # The loopback Hub: every variant's repository holds one small model, with the table told so.

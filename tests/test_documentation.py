@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -166,11 +167,10 @@ def without_redirections(command: list[str]) -> list[str]:
 
 def birefnet_arguments(command: list[str]) -> list[str] | None:
     """Returns the arguments of `birefnet …`, `python -m birefnet …` or `accelerate launch … -m birefnet …`."""
-    if Path(command[0]).name == "birefnet":
+    program = Path(command[0]).name
+    if program == "birefnet":
         return command[1:]
-    if Path(command[0]).name in ("python", "python3", "accelerate") and ["-m", "birefnet"] in map(
-        list, zip(command, command[1:], strict=False)
-    ):
+    if program in ("python", "python3", "accelerate") and ("-m", "birefnet") in pairwise(command):
         return command[command.index("birefnet") + 1 :]
     return None
 

@@ -266,7 +266,7 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path, capfd):
     draw(40, 30).save(tmp_path / "a.png")
     assert main(["cutout", str(tmp_path / "a.png"), "--model", str(tmp_path / "nowhere"), "--device", "cpu"]) == 1
     error = capfd.readouterr().err
-    assert "nowhere is no file, folder, variant or repository" in error and len(error.splitlines()) == 1
+    assert "nowhere is not a file, a folder, a variant or a Hub repository" in error and len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -221,9 +221,9 @@ def test_a_bad_file_is_refused_and_nothing_is_written(contents, words, tmp_path,
 
 def test_missing_and_additional_weights_are_named(lite, tmp_path, capsys):
     wrong = {key: value for key, value in lite.items() if key != "decoder.conv_out1.0.weight"}
-    with pytest.raises(ValueError, match=r"1 missing weights, the first is decoder\.conv_out1\.0\.weight"):
+    with pytest.raises(ValueError, match=r"1 missing weights; the first one is decoder\.conv_out1\.0\.weight"):
         model_from_state_dict(build_config({"backbone": "swin_v1_t"}), wrong)
-    with pytest.raises(ValueError, match=r"1 unexpected weights, the first is spare"):
+    with pytest.raises(ValueError, match=r"1 unexpected weights; the first one is spare"):
         model_from_state_dict(build_config({"backbone": "swin_v1_t"}), {**lite, "spare": torch.zeros(1)})
 
 
@@ -231,15 +231,15 @@ def test_results_are_never_overwritten(tiny_model_folder, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.txt").write_text("mine")
     assert main(["convert", str(tiny_model_folder), str(tmp_path / "out")]) == 1
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
 
 
 @pytest.mark.parametrize(
     ("source", "out", "code", "words"),
     [
-        ("nowhere.pth", "out", 1, "nowhere.pth is no file, folder, variant or repository on the Hub"),
-        ("empty", "out", 1, "empty needs one file of weights; it has none"),
+        ("nowhere.pth", "out", 1, "nowhere.pth is not a file, a folder, a variant or a Hub repository"),
+        ("empty", "out", 1, "empty must contain one weights file, but it contains none"),
         ("empty", "out.safetensors", 2, "a complete conversion is a folder. Single files: --to-official"),
     ],
 )

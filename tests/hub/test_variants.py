@@ -103,7 +103,7 @@ def test_names_aliases_and_repositories_lead_to_the_variant(text, name):
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"no variant 'ultra'; there are general, lite, .*LayerD"):
+    with pytest.raises(ValueError, match=r"no variant 'ultra'\. The variants are general, lite, .*LayerD"):
         get_variant("ultra")
 
 
@@ -151,7 +151,7 @@ def test_the_command_prints_the_whole_table(capsys):
 def test_the_documentation_has_the_table():
     rows = variants_table().splitlines()[2:]
     assert [row.split("`")[1] for row in rows] == list(VARIANTS)
-    # After a change of the table: python -c "from birefnet.hub.variants import variants_table; print(variants_table())"
+    # To update: python -c "from birefnet.hub.variants import variants_table; print(variants_table())"
     assert variants_table() in (ROOT / "docs/choosing-a-variant.md").read_text()
 
 
@@ -243,7 +243,7 @@ def test_a_connection_cut_again_and_again_leaves_nothing_behind(hub, client, cac
     hub.faults.append(Fault("GET /lfs-files", cut_after=0, times=100))
     message = client.fail(fetch("lite", cache))
     client.run("time.sleep = sleep")
-    assert "lite (ZhengPeng7/BiRefNet_lite) could not be fetched completely" in message
+    assert "lite (ZhengPeng7/BiRefNet_lite) could not be downloaded completely" in message
     assert cached_files(cache) == []
 
 
@@ -271,7 +271,7 @@ def test_another_file_than_the_published_one_is_refused(hub, client, cache):
         message = client.fail(fetch("HRSOD", cache))
     finally:
         files["model.safetensors"] = published
-    assert "is cut short: it has 7,000 bytes, HRSOD has" in message
+    assert "is incomplete: it has 7,000 bytes, HRSOD has" in message
     assert cached_files(cache) == []
 
 
@@ -279,11 +279,11 @@ def test_another_file_than_the_published_one_is_refused(hub, client, cache):
     ("status", "code", "words"),
     [
         (404, "RepoNotFound", "was not found, or needs a login: run 'hf auth login'"),
-        (404, "RevisionNotFound", "has lost the revision that is known of it"),
-        (404, "EntryNotFound", "lacks the file of weights"),
-        (401, None, "the Hub does not know your token; run 'hf auth login'"),
-        (403, None, "is not in the cache, and the Hub did not give it (403 Forbidden"),
-        (500, None, "is not in the cache, and the Hub did not give it (Server error '500"),
+        (404, "RevisionNotFound", "the revision in the table no longer exists"),
+        (404, "EntryNotFound", "the repository has no such weights file"),
+        (401, None, "the Hub rejected your token; run 'hf auth login'"),
+        (403, None, "is not in the cache, and the download failed (403 Forbidden"),
+        (500, None, "is not in the cache, and the download failed (Server error '500"),
     ],
 )
 def test_what_the_hub_refuses_is_explained(hub, client, cache, status, code, words):
@@ -344,7 +344,7 @@ def test_a_local_folder_is_used_and_never_changed(client, tmp_path, cache, tiny_
     assert client.run(fetch("COD", cache, folder=str(folder))) == str(folder / "model.safetensors")
 
     (folder / "model.safetensors").write_bytes(b"short")
-    assert "is cut short" in client.fail(fetch("COD", cache, folder=str(folder)))
+    assert "is incomplete" in client.fail(fetch("COD", cache, folder=str(folder)))
     assert (folder / "model.safetensors").read_bytes() == b"short"
     assert "is not in the folder" in client.fail(fetch("COD", cache, folder=str(tmp_path / "nowhere")))
 

@@ -31,7 +31,7 @@ DOCUMENTS += [ROOT / "benchmarks" / "README.md"]
 NAMES = [path.relative_to(ROOT).as_posix() for path in DOCUMENTS]
 
 # A fenced block with the line above it, where `<!-- not run: REASON -->` may stand.
-BLOCK = re.compile(r"^(?P<above>.*)\n+^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^(?P<above>[^\n]*)\n+^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 NOT_RUN = re.compile(r"<!-- not run: (?P<reason>.{10,}) -->")
 MOST_BLOCKS_NOT_RUN = 12
 
@@ -242,13 +242,19 @@ def test_the_card_is_short():
 
 def test_files_and_classes_of_the_architecture_exist():
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    files = set(re.findall(r"[\w/]+\.py\b", text))
-    folders = set(re.findall(r"`([\w/]+/)`", text))
-    assert len(files) > 5 and len(folders) > 5
-    assert [name for name in files | folders if not (ROOT / name).exists()] == []
-    code = "\n".join((ROOT / file).read_text(encoding="utf-8") for file in files)
-    defined = set(re.findall(r"^(?:class|def) (\w+)", code, re.MULTILINE))
-    quoted = set(re.findall(r"`([A-Za-z]\w+)`", text)) - {"bb", "squeeze_module", "ipt_blk5", "preprocess", "_forward"}
+    folders = re.findall(r"`([\w/]+/)`", text)
+    code = {name: (ROOT / name).read_text(encoding="utf-8") for name in re.findall(r"(?<![*\w/])\w[\w/]*\.py\b", text)}
+    assert len(folders) > 5 and all((ROOT / folder).is_dir() for folder in folders)
+
+    def defined_in(files):
+        return set(re.findall(r"^(?:class|def) (\w+)", "\n".join(code[file] for file in files), re.MULTILINE))
+
+    rows = [line.split("|") for line in text.splitlines() if re.search(r"_birefnet\.py` \|$", line)]
+    for *_, names, files, _ in rows:  # the table of stages: classes or functions, and their files
+        names, files = (set(re.findall(r"`([\w.]+)`", cell)) for cell in (names, files))
+        assert names and names <= defined_in(files), (names, files)
+    assert len(rows) > 10
     boxes = set(re.findall(r"[\[\"]([A-Z]\w*[a-z][A-Z]\w+)", text))  # class names that begin a box
-    assert "BiRefNetDecoder" in boxes
-    assert sorted((quoted | boxes) - defined) == []
+    assert "BiRefNetDecoder" in boxes and boxes <= defined_in(code), boxes - defined_in(code)
+    attributes = set(re.findall(r"`(\w+)`", text))  # also methods and the checkpoints' module names
+    assert not [name for name in attributes if not re.search(rf"\b{name}\b", "\n".join(code.values()))]

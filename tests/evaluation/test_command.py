@@ -202,9 +202,9 @@ def test_undefined_measures_are_empty_and_null(tmp_path):
     [
         ([], "give one of"),
         (["a", "--predictions", "b", "--ground-truth", "c"], "give one of"),
-        (["--predictions", "b"], "belong together"),
-        (["--update-card", "README.md"], "belong together"),
-        (["a", "--baseline", "mean-mask:"], "neither foreground nor mean-mask:DATA"),
+        (["--predictions", "b"], "need each other"),
+        (["--update-card", "README.md"], "need each other"),
+        (["a", "--baseline", "mean-mask:"], "must be foreground or mean-mask:DATA"),
         (["a", "--baseline", "foreground", "--model", "m"], "without --model"),
         (["a", "--workers", "0"], "at least 1"),
         (["a", "--curves", "c.jpg"], "must end in .png"),

@@ -243,7 +243,7 @@ def test_a_read_only_output_folder_is_reported(cutout, tmp_path, capfd):
     [
         (["--resolution", "1000"], "multiples of 32"),
         (["--resolution", "64x64x64"], "multiples of 32"),
-        (["--batch-size", "0"], "whole number from 1"),
+        (["--batch-size", "0"], "integer of at least 1"),
         (["--threshold", "1.5"], "number from 0 to 1"),
         (["--feather", "-1"], "number from 0"),
         (["--format", "bmp"], "invalid choice"),

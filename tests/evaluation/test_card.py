@@ -1,4 +1,4 @@
-"""The measured part of a model card comes from result files, and only from those of the weights beside it."""
+"""Results in model cards and documents. They come from result files that belong to the card's weights."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Publishing to a Hub on the loopback, and what users download from it."""
+"""Publishing to a local Hub, and downloading from it as users do."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ def weights(tiny_model_folder):
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory, weights):
-    """A folder of official files, all of them the small model's."""
+    """A folder of official files. All contain the same small model."""
     folder = tmp_path_factory.mktemp("checkpoints")
     (folder / "model.safetensors").symlink_to(weights)
     return folder
@@ -49,7 +49,7 @@ def hub(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """Where the client keeps the folders that it builds, by the repository's name."""
+    """The folder for the repositories that the client builds, by name."""
     return tmp_path_factory.mktemp("built")
 
 
@@ -71,7 +71,7 @@ def publish(name, repository):
 
 @pytest.fixture
 def repository(request, hub):
-    """A name for the test's own repository; faults of earlier tests are over."""
+    """A repository name for this test. Removes the faults of earlier tests."""
     hub.faults.clear()
     return "me/" + re.sub(r"\W+", "-", request.node.name)[-60:].strip("-")
 
@@ -120,7 +120,7 @@ def test_a_dry_run_builds_and_verifies_but_uploads_nothing(hub, tmp_path, weight
 
 
 def assert_downloads(hub, tmp_path, repository, weights):
-    """A stranger's program, which does not know this package, loads the repository and cuts out a picture."""
+    """A program without this package loads the repository and cuts out a picture."""
     draw_picture().save(tmp_path / "photo.png")
     program = """
 import sys
@@ -220,7 +220,7 @@ def test_somebody_elses_commit_meanwhile_is_not_overwritten(hub, client, built, 
     client.run(f"publish('lite', {repository!r})")
     hub.repositories[repository].tags.clear()
     (built / repository / "README.md").write_text("---\nlicense: mit\n---\nanother")
-    # What is read as the head before the upload is no longer the head when it commits.
+    # The branch moves between reading its head and the commit.
     client.run("from types import SimpleNamespace\nfrom huggingface_hub import HfApi\nreal = HfApi.model_info")
     client.run("HfApi.model_info = lambda *arguments, **named: SimpleNamespace(sha=40 * '0')")
     message = client.fail(f"publish('lite', {repository!r})")
@@ -321,7 +321,7 @@ def test_unknown_licences_stay_unknown_and_the_caveat_is_told():
 
 @pytest.fixture(scope="module")
 def handler(tiny_model_folder, tmp_path_factory):
-    """The handler as the service makes it: the file of the folder, run as a module of its own."""
+    """The handler as the service creates it: the folder's file, run as a separate module."""
     import importlib.util
     import shutil
 

@@ -1,4 +1,4 @@
-"""The table of checkpoints, and fetching them from a Hub on the loopback."""
+"""The table of checkpoints, and downloading them from a local Hub."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ DTYPES = {"float16": "fp16", "float32": "fp32"}
 
 @pytest.fixture(scope="module")
 def published():
-    """The established facts by repository, as collected from public sources; `null` is unknown."""
+    """The known facts by repository, collected from public sources. `null` means unknown."""
     return json.loads((ROOT / "tests/fixtures/published_variants.json").read_text())
 
 
@@ -155,7 +155,7 @@ def test_the_documentation_has_the_table():
     assert variants_table() in (ROOT / "docs/choosing-a-variant.md").read_text()
 
 
-# The loopback Hub: every variant's repository holds one small model, with the table told so.
+# The local Hub. Every variant's repository contains the same small model, and the table is patched to expect it.
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,7 @@ def hub(tmp_path_factory, tiny_model_folder):
 def client(hub, tmp_path_factory, tiny_model_folder):
     client = HubClient(hub.environment(tmp_path_factory.mktemp("home")))
     client.run(stand_in_program(tiny_model_folder / "model.safetensors"))
-    # The one that its authors published as a file of torch.save, with the prefixes of distributed, compiled training.
+    # Its authors published a torch.save file with the prefixes of distributed, compiled training.
     client.run("VARIANTS['ToonOut'] = dataclasses.replace(VARIANTS['ToonOut'], bytes=None, sha256=None)")
     yield client
     client.close()
@@ -197,7 +197,7 @@ def no_faults_left(request):
 
 
 def stand_in_program(weights):
-    """Statements that make the table describe a small model's file instead of the published ones."""
+    """Statements that patch the table to describe a small model's file instead of the published files."""
     from birefnet.hub.download import _sha256
 
     return f"""
@@ -414,7 +414,7 @@ def test_the_published_file_is_what_the_table_says_and_cuts_out(name, live_hub):
 
 
 def command(hub, home, *arguments, program, **environment):
-    """Runs the console command in a fresh process whose Hub is the loopback one, with stand-ins in the table."""
+    """Runs the console command in a fresh process with the local Hub and the patched table."""
     program += "\nimport sys\nfrom birefnet.command_line import main\nsys.exit(main(sys.argv[1:]))"
     return subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],

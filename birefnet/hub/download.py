@@ -130,7 +130,7 @@ def _explained(repository, what):
         raise DownloadError(f"{what} could not be downloaded: {error}") from error
     except OSError as error:
         if error.errno in _NO_SPACE:
-            raise DownloadError(f"{what} does not fit on the cache's disk: {error}") from error
+            raise DownloadError(f"{what} does not fit on the disk of the cache: {error}") from error
         raise DownloadError(f"{what} could not be downloaded: {error}") from error
     except hub.HTTPError as error:  # the connection broke, and so did every attempt to resume
         raise DownloadError(f"{what} could not be downloaded completely: {error}. Try again.") from error

@@ -240,7 +240,7 @@ def test_results_are_never_overwritten(tiny_model_folder, tmp_path, capsys):
     [
         ("nowhere.pth", "out", 1, "nowhere.pth is not a file, a folder, a variant or a Hub repository"),
         ("empty", "out", 1, "empty must contain one weights file, but it contains none"),
-        ("empty", "out.safetensors", 2, "a complete conversion is a folder. Single files: --to-official"),
+        ("empty", "out.safetensors", 2, "the result is a folder; --to-official writes single files"),
     ],
 )
 def test_wrong_arguments_are_explained(source, out, code, words, tmp_path, capsys, monkeypatch):

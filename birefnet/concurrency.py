@@ -1,4 +1,4 @@
-"""Threads that work ahead of whoever takes their results."""
+"""Mapping a function in threads with a bounded number of results in advance."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -7,8 +7,9 @@ from concurrent.futures import Executor
 
 def bounded_map(executor: Executor, function: Callable, items: Iterable, ahead: int) -> Iterator:
     """
-    `map(function, items)` in an executor's threads, in order. At most `ahead` results are in work or waiting at any
-    time, unlike with `executor.map`, which takes all the items at once.
+    Applies a function to items in an executor's threads and yields the results in order.
+
+    At most `ahead` items are in progress or waiting at any time. `executor.map` would submit all items at once.
     """
     pending = deque()
     for item in items:

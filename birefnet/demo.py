@@ -1,4 +1,4 @@
-"""`make demo`: cuts the subjects out of photos that scikit-image ships and sets the steps side by side."""
+"""`make demo`: cuts the subjects out of photos that scikit-image ships and shows the steps side by side."""
 
 import sys
 from pathlib import Path
@@ -7,12 +7,12 @@ from PIL import Image
 
 
 PHOTOS = ("astronaut", "chelsea", "coffee")  # public domain or CC0, in every installed scikit-image
-HEIGHT = 320  # of a row of the picture, in pixels
+HEIGHT = 320  # of each row of the overview, in pixels
 MARGIN = 8
 
 
 def checkerboard(size: tuple[int, int], square: int = 10) -> Image.Image:
-    """What stands behind a cut-out so that its transparency can be seen."""
+    """The background that shows the transparency of a cut-out."""
     tile = Image.new("RGB", (2 * square, 2 * square), (255, 255, 255))
     for left, top in ((square, 0), (0, square)):
         tile.paste((204, 204, 204), (left, top, left + square, top + square))
@@ -24,7 +24,7 @@ def checkerboard(size: tuple[int, int], square: int = 10) -> Image.Image:
 
 
 def side_by_side(rows: list[tuple[Image.Image, Image.Image, Image.Image]]) -> Image.Image:
-    """One picture of rows of photo, matte (L) and cut-out (RGBA)."""
+    """Combines rows of photo, matte (L) and cut-out (RGBA) into one picture."""
     strips = []
     for photo, matte, cutout in rows:
         shown = checkerboard(cutout.size)

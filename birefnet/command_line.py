@@ -1,8 +1,8 @@
 """
-The console command `birefnet`. Each sub-command is a module, and only the requested one is imported.
+The console command `birefnet`. Each sub-command is a module, imported only if it is used.
 
-A sub-command's module has `add_arguments(parser)` and `run(arguments) -> int`, which returns the exit code: 0 for
-success, 1 if something failed. It raises `birefnet.errors.CommandError` to end with a message instead of a traceback.
+The module has `add_arguments(parser)` and `run(arguments) -> int`. The exit code is 0 for success and 1 if something
+failed. It raises `birefnet.errors.CommandError` to end with a message instead of a traceback.
 """
 
 import argparse
@@ -17,13 +17,13 @@ from birefnet.errors import CommandError
 COMMANDS = {
     "cutout": ("birefnet.cutout.command", "cut the subjects out of photos"),
     "train": ("birefnet.training.command", "train or fine-tune on your own photos and masks"),
-    "draw": ("birefnet.data.drawn_scenes", "draw training pairs with thin parts and gaps and exact masks"),
+    "draw": ("birefnet.data.drawn_scenes", "draw training pairs with thin parts and gaps, exact masks included"),
     "evaluate": ("birefnet.evaluation.command", "measure a model, or a folder of masks, against ground truth"),
-    "variants": ("birefnet.hub.variants", "list the published checkpoints and what each one is for"),
-    "convert": ("birefnet.hub.convert", "convert any BiRefNet checkpoint to a complete folder, or back"),
+    "variants": ("birefnet.hub.variants", "list the published checkpoints, and which one to take"),
+    "convert": ("birefnet.hub.convert", "turn any BiRefNet checkpoint into a complete folder, or back"),
     "publish": ("birefnet.hub.publish", "upload a variant as a complete repository to the Hub"),
 }
-INTERRUPTED = 130  # the exit code that shells use for a program ended by Ctrl-C
+INTERRUPTED = 130  # the exit code that shells report after Ctrl-C
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
@@ -31,12 +31,13 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     Builds the argument parser.
 
     Args:
-        command: the requested sub-command. Its module is imported for its arguments. The others have a summary only.
+        command: The sub-command in use. Its module is imported to add its arguments. The other sub-commands only get
+            their summary.
     """
     parser = argparse.ArgumentParser(
         prog="birefnet",
-        description="Cut subjects out of photos with BiRefNet; train, evaluate, convert and publish its models.",
-        epilog="`birefnet COMMAND --help` explains a command, with examples.",
+        description="Cut subjects out of photos with BiRefNet. Train, evaluate, convert and publish its models.",
+        epilog="`birefnet COMMAND --help` explains a command and shows examples.",
     )
     parser.add_argument("--version", action="version", version=f"birefnet {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -50,7 +51,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the console command and returns its exit code. argparse exits with code 2 on wrong arguments."""
+    """Runs the console command and returns its exit code. For invalid arguments, argparse exits with code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     command = next((argument for argument in arguments if not argument.startswith("-")), None)
     try:
@@ -62,6 +63,6 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"birefnet {command}: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of the output has ended, as in `birefnet variants | head`
+    except BrokenPipeError:  # the reader of the output has exited, as in `birefnet variants | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

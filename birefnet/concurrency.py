@@ -1,4 +1,4 @@
-"""Mapping a function in threads with a bounded number of results in advance."""
+"""Work in threads or processes with a limited number of results in memory."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -7,9 +7,16 @@ from concurrent.futures import Executor
 
 def bounded_map(executor: Executor, function: Callable, items: Iterable, ahead: int) -> Iterator:
     """
-    Applies a function to items in an executor's threads and yields the results in order.
+    Computes `map(function, items)` in an executor, in order.
 
-    At most `ahead` items are in progress or waiting at any time. `executor.map` would submit all items at once.
+    `executor.map` submits all items at once. This function keeps at most `ahead` items submitted, so that memory does
+    not grow with the number of items.
+
+    Args:
+        executor: Runs the calls.
+        function: Called with each item.
+        items: The items.
+        ahead: Largest number of items that are being computed or wait to be taken.
     """
     pending = deque()
     for item in items:

@@ -26,6 +26,7 @@ MAX_DOWNLOAD_BYTES = 512 * 2**20
 _CHANNEL_COUNTS = (1, 2, 3, 4)  # gray, gray + alpha, RGB, RGB + alpha
 _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
 _AVIF_BRANDS = {b"avif", b"avis"}
+_STRAIGHT_ALPHA = {"La": "LA", "RGBa": "RGBA"}  # modes with premultiplied alpha, and the same without
 _DOWNLOAD_CHUNK = 2**20  # bytes
 
 
@@ -213,6 +214,8 @@ class _WebRedirects(urllib.request.HTTPRedirectHandler):
 def upright(image: Image.Image) -> Image.Image:
     """Decodes a picture and applies its EXIF orientation. Returns a picture in memory, independent of its file."""
     image.load()  # a PNG may hold metadata after its pixels
+    if image.mode in _STRAIGHT_ALPHA:
+        image = image.convert(_STRAIGHT_ALPHA[image.mode])
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         return ImageOps.exif_transpose(image)
     return image if type(image) is Image.Image else image.copy()  # closing the file frees the file's own picture
@@ -245,7 +248,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     elif picture.mode == "P" and "transparency" in picture.info:
         colours = picture.convert("RGBA")  # the same colours as directly, without Pillow's warning
     info = dict(picture.info)
-    if picture.mode not in ("RGBA", "RGBa", "P", "PA", "1") and (profile := info.pop("icc_profile", None)):
+    if picture.mode not in ("RGBA", "P", "PA", "1") and (profile := info.pop("icc_profile", None)):
         colours = convert_profile(colours, profile, None)
     colours = colours.convert("RGB")
     colours.info = {key: value for key, value in info.items() if key in ("icc_profile", "dpi")}

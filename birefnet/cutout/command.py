@@ -28,6 +28,7 @@ from birefnet.repository.photo_birefnet import load_background
 DESCRIPTION = """\
 Cut the subjects out of photos. Results have the size of the upright photo (the EXIF orientation is applied).
 The colour profile and print resolution are kept. Other metadata (camera, place, time) is not copied.
+Results have 8 bits per channel; a message tells where a photo has 16.
 If a photo is transparent already, the result's alpha is the matte times the photo's own alpha.
 If a photo cannot be read or written, it is reported, the other photos are processed, and the exit code is 1."""
 
@@ -222,6 +223,8 @@ class _Reporter:
             print(f"birefnet cutout: {report.output} exists and is kept (use --overwrite)", file=sys.stderr)
         else:
             self.done += 1
+            if report.note:
+                print(f"birefnet cutout: {report.input}: {report.note}", file=sys.stderr)
         self._print_result(report)
         if self.bar is not None:
             self.bar.update()

@@ -29,6 +29,7 @@ class Report:
     size: tuple[int, int] | None = None
     seconds: float = 0.0  # decoding, the network (a batch's time divided by its photos), encoding and writing
     kept: bool = False  # whether a result existed and was kept
+    note: str | None = None  # what the user should know about a result
     error: str | None = None
 
 

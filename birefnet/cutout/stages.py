@@ -117,6 +117,8 @@ class _Stages:
         with _recorded([photo]):
             decoded = read_photo(job.source, self.sufficient_side)
             photo.report.size = decoded.size
+            if decoded.had_16_bits and not self.options.get("return_mask"):
+                photo.report.note = "the photo has 16 bits per channel, the result has 8"
             photo.data = self.remover.preprocess(decoded.image, **self.preprocess_options)
             photo.data["target_size"] = decoded.size[::-1]
         return photo

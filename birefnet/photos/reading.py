@@ -18,6 +18,7 @@ class DecodedPhoto:
 
     image: Image.Image
     size: tuple[int, int]  # (width, height) of the full photo, also when it was decoded at reduced size
+    had_16_bits: bool = False  # whether the file has 16 bits per channel, of which Pillow keeps 8
 
     @property
     def encoder_options(self) -> dict:
@@ -39,10 +40,10 @@ def read_photo(source: PhotoSource, sufficient_side: int | None = None) -> Decod
         OSError, ValueError: the file cannot be read, or does not hold a whole picture.
     """
     with opened(_encoded(source)) as image:
-        size = _upright_size(image)
+        size, had_16_bits = _upright_size(image), _has_16_bits(image)
         if sufficient_side is not None:
             image.draft(None, (sufficient_side, sufficient_side))
-        return DecodedPhoto(upright(image), size)
+        return DecodedPhoto(upright(image), size, had_16_bits)
 
 
 def check_photo(source: PhotoSource) -> PhotoSource:
@@ -79,3 +80,8 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     """(width, height) after the EXIF orientation is applied. Orientations 5 to 8 swap both."""
     swapped = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
     return (image.height, image.width) if swapped else image.size
+
+
+def _has_16_bits(image: Image.Image) -> bool:
+    """Whether a picture that is not decoded yet has 16 bits per channel. Its mode tells that for gray ones only."""
+    return image.mode.startswith("I") or any(";16" in str(tile) for tile in getattr(image, "tile", ()))

@@ -101,8 +101,10 @@ remove_background({str(photo)!r}).save(sys.argv[2])
 def test_is_importable_as_a_package(tmp_path):
     script = f"""
 import sys
+from birefnet.inference.registration import register_model
 from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
 from transformers import AutoModelForImageSegmentation
+register_model()
 print(sys.modules[BiRefNetForImageSegmentation.__module__].__file__)
 model = AutoModelForImageSegmentation.from_pretrained({str(ROOT)!r})  # registered: needs no remote code
 assert type(model) is BiRefNetForImageSegmentation

@@ -46,10 +46,11 @@ def load_model(source, dtype="float32", **fields):
     """
     from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageSegmentation
 
-    import birefnet.repository  # noqa: F401  registers the model with the Auto classes
     from birefnet.hub.checkpoints import model_from_state_dict
     from birefnet.hub.load import load_source
+    from birefnet.inference.registration import register_model
 
+    register_model()
     if is_own(source):
         model = AutoModelForImageSegmentation.from_pretrained(str(source), dtype=dtype, **fields)
         return model.eval(), AutoImageProcessor.from_pretrained(str(source))

@@ -342,8 +342,10 @@ def build_model(arguments: argparse.Namespace):
 
 
 def _new_model(arguments: argparse.Namespace, learning: dict):
-    import birefnet.repository  # registers the model with the Auto classes
+    from birefnet.inference.registration import register_model
+    from birefnet.repository.image_processing_birefnet import BiRefNetImageProcessor
 
+    register_model()
     given = {field: value for field, value in vars(arguments).items() if field in ARCHITECTURE_FIELDS}
     if arguments.model:
         options = ", ".join(f"--{field.replace('_', '-')}" for field in given) or "--init-config"
@@ -354,7 +356,7 @@ def _new_model(arguments: argparse.Namespace, learning: dict):
     if arguments.imagenet_backbone:
         file = None if arguments.imagenet_backbone is True else arguments.imagenet_backbone
         load_imagenet_weights(model, file)
-    return model, birefnet.repository.BiRefNetImageProcessor()
+    return model, BiRefNetImageProcessor()
 
 
 def _set_resolution(processor, arguments: argparse.Namespace):

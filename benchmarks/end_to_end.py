@@ -20,11 +20,13 @@ import torch
 from PIL import Image
 from subjects import BACKBONES, load_model
 
-from birefnet.command_line import CommandError
-from birefnet.cutout import load_remover
-from birefnet.cutout_jobs import Job
-from birefnet.cutout_stages import cut_out_photos
-from birefnet.photo_files import PhotoSource, encode_picture, read_photo, write_whole
+from birefnet.cutout.jobs import Job
+from birefnet.cutout.stages import cut_out_photos
+from birefnet.errors import CommandError
+from birefnet.inference import load_remover, model_options
+from birefnet.photos.finding import PhotoSource
+from birefnet.photos.reading import read_photo
+from birefnet.photos.writing import encode_picture, write_whole
 from birefnet.repository.image_processing_birefnet import BiRefNetImageProcessor
 
 
@@ -130,7 +132,7 @@ def measure(arguments: argparse.Namespace) -> dict:
         if drawn := arguments.model in BACKBONES:
             save_drawn_network(arguments.model, folder / "model")
             arguments.model = folder / "model"
-        remover = load_remover(arguments)
+        remover = load_remover(**model_options(arguments))
         if drawn:
             remover.model.register_forward_hook(see_the_disc)
         files = draw_photos(folder, arguments.photos, *arguments.megapixels)

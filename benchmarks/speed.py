@@ -23,7 +23,7 @@ from memory import peak_on_cpu, peak_on_gpu
 from roofline import MatrixProduct, count_flop
 from subjects import COMPILED, PLAIN, PROJECT, PUBLISHED, Subject, configuration, load_model
 
-from birefnet.quantization import obstacle
+from birefnet.inference.quantization import obstacle
 
 
 COLUMNS = (

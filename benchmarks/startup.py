@@ -18,7 +18,7 @@ from end_to_end import draw_photos
 # Runs the command as its console script does, up to the network, whose first call ends the process.
 PROBE = """
 import os, sys, time
-import birefnet.cutout as cutout
+import birefnet.cutout.command as cutout
 from birefnet.command_line import main
 
 load_remover = cutout.load_remover

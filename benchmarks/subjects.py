@@ -11,7 +11,7 @@ import torch
 import transformers
 from plain_formulation import plain_logits
 
-from birefnet.quantization import dtype_between, quantize
+from birefnet.inference.quantization import dtype_between, quantize
 from birefnet.repository.configuration_birefnet import BiRefNetConfig
 from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
 

@@ -16,10 +16,10 @@ import time
 
 import torch
 
-from birefnet.low_rank import add_low_rank_adapters
 from birefnet.repository.configuration_birefnet import BiRefNetConfig
 from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
-from birefnet.trainer import freeze_statistics
+from birefnet.training.low_rank import add_low_rank_adapters
+from birefnet.training.trainer import freeze_statistics
 
 
 SETTINGS = (

@@ -2,7 +2,7 @@
 The console command `birefnet`: one sub-command per module, of which only the one in use is imported.
 
 A sub-command's module has `add_arguments(parser)` and `run(arguments) -> int`, the exit code: 0 when all went well, 1
-when something failed. It raises `CommandError` for what ends it with a message instead of a traceback.
+when something failed. It raises `birefnet.errors.CommandError` for what ends it with a message instead of a traceback.
 """
 
 import argparse
@@ -11,30 +11,19 @@ import os
 import sys
 
 from birefnet import __version__
+from birefnet.errors import CommandError
 
 
 COMMANDS = {
-    "cutout": ("birefnet.cutout", "cut the subjects out of photos"),
-    "train": ("birefnet.training", "train or fine-tune on your own photos and masks"),
-    "draw": ("birefnet.drawn_scenes", "draw training pairs with thin parts and gaps, exact masks included"),
-    "evaluate": ("birefnet.evaluation", "measure a model, or a folder of masks, against ground truth"),
-    "variants": ("birefnet.variants", "list the published checkpoints, and which one to take"),
-    "convert": ("birefnet.convert", "turn any BiRefNet checkpoint into a complete folder, or back"),
-    "publish": ("birefnet.publish", "upload a variant as a complete repository to the Hub"),
+    "cutout": ("birefnet.cutout.command", "cut the subjects out of photos"),
+    "train": ("birefnet.training.command", "train or fine-tune on your own photos and masks"),
+    "draw": ("birefnet.data.drawn_scenes", "draw training pairs with thin parts and gaps, exact masks included"),
+    "evaluate": ("birefnet.evaluation.command", "measure a model, or a folder of masks, against ground truth"),
+    "variants": ("birefnet.hub.variants", "list the published checkpoints, and which one to take"),
+    "convert": ("birefnet.hub.convert", "turn any BiRefNet checkpoint into a complete folder, or back"),
+    "publish": ("birefnet.hub.publish", "upload a variant as a complete repository to the Hub"),
 }
 INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
-
-
-class CommandError(Exception):
-    """Something that the user must know and that needs no traceback. Ends the command with exit code 1."""
-
-    exit_code = 1
-
-
-class UsageError(CommandError):
-    """Arguments that cannot be served. Ends the command with exit code 2, as argparse's own errors do."""
-
-    exit_code = 2
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from birefnet import quantization
-from birefnet.quantization import obstacle
+from birefnet.inference import quantization
+from birefnet.inference.quantization import obstacle
 from birefnet.repository.configuration_birefnet import BiRefNetConfig
 from birefnet.repository.deformable_birefnet import DeformableConvolution
 from birefnet.repository.image_processing_birefnet import BiRefNetImageProcessor

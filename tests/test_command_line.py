@@ -8,7 +8,8 @@ import pytest
 
 import birefnet
 from birefnet import command_line
-from birefnet.command_line import CommandError, UsageError, main
+from birefnet.command_line import main
+from birefnet.errors import CommandError, UsageError
 
 
 @pytest.fixture

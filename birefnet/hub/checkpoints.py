@@ -1,0 +1,127 @@
+"""
+Weights that others wrote: to today's names and layout, and into a model.
+
+Checkpoints of the layout of before 2 May 2024 (`BiRefNet-DIS_ep580.pth`, `BiRefNet-ep480.pth` and their fine-tunes)
+become a network of today's layout that computes exactly the same. Today's network contains the old one. It has two
+more branches in every pooling block, one more image branch and one more gate; `upgrade_old_layout` sets them so that
+they change nothing.
+"""
+
+# A gate's sigmoid is exactly 1 in float32 and float16 from 17 on.
+OPEN_GATE = 40.0
+
+
+def is_old_layout(state_dict):
+    """Whether a cleaned state dict is of the layout of before 2 May 2024, which lacks the deepest image branch."""
+    return "decoder.ipt_blk4.conv1.weight" in state_dict and "decoder.ipt_blk5.conv1.weight" not in state_dict
+
+
+def upgrade_old_layout(state_dict):
+    """
+    Returns the state dict of a network of today's layout that computes what one of the old layout did.
+
+    Differences of the old one, read from the published code before and after the change: its pooling blocks have one
+    deformable branch, of 3×3, where today there are three, of 1×1, 3×3 and 7×7; its first decoder stage sees no image
+    patches and its output passes no gradient gate. The additional branches and patches meet zero weights here, and the
+    gate stands open.
+
+    Args:
+        state_dict (`dict[str, torch.Tensor]`): A cleaned state dict for which [`is_old_layout`] holds.
+    """
+    import torch
+
+    upgraded = dict(state_dict)
+    like = state_dict["decoder.decoder_block4.conv_in.weight"]
+
+    def add(prefix, *shape, fill=0.0, bias=True):
+        upgraded[f"{prefix}.weight"] = torch.zeros(shape, dtype=like.dtype)
+        if bias:
+            upgraded[f"{prefix}.bias"] = torch.full(shape[:1], fill, dtype=like.dtype)
+
+    def add_norm(prefix, channels):
+        for leaf, value in (("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 1)):
+            upgraded[f"{prefix}.{leaf}"] = torch.full((channels,), value, dtype=like.dtype)
+        upgraded[f"{prefix}.num_batches_tracked"] = torch.zeros((), dtype=torch.int64)
+
+    for key in state_dict:
+        if ".aspp_deforms.0." in key:
+            upgraded[key.replace(".aspp_deforms.0.", ".aspp_deforms.1.")] = upgraded.pop(key)
+    for key, weight in state_dict.items():
+        if not key.endswith(".aspp_deforms.0.atrous_conv.regular_conv.weight"):
+            continue
+        planes, channels = weight.shape[:2]
+        attention = key.split(".aspp_deforms")[0]
+        for branch, kernel in ((0, 1), (2, 7)):
+            prefix = f"{attention}.aspp_deforms.{branch}"
+            add(f"{prefix}.atrous_conv.offset_conv", 2 * kernel**2, channels, kernel, kernel)
+            add(f"{prefix}.atrous_conv.modulator_conv", kernel**2, channels, kernel, kernel)
+            add(f"{prefix}.atrous_conv.regular_conv", planes, channels, kernel, kernel, bias=False)
+            add_norm(f"{prefix}.bn", planes)
+        point, deformable, pooled = state_dict[f"{attention}.conv1.weight"].split(planes, dim=1)
+        nothing = torch.zeros_like(point)
+        upgraded[f"{attention}.conv1.weight"] = torch.cat([point, nothing, deformable, nothing, pooled], dim=1)
+
+    patches = state_dict["decoder.ipt_blk4.conv_out.weight"].shape[0]
+    hidden, tiles = state_dict["decoder.ipt_blk4.conv1.weight"].shape[:2]
+    add("decoder.ipt_blk5.conv1", hidden, 4 * tiles if tiles > 3 else tiles, 3, 3)
+    add("decoder.ipt_blk5.conv_out", patches, hidden, 3, 3)
+    upgraded["decoder.decoder_block4.conv_in.weight"] = torch.cat([like, like.new_zeros(len(like), patches, 3, 3)], 1)
+    if "decoder.gdt_convs_3.0.weight" in state_dict:
+        gate = state_dict["decoder.gdt_convs_3.0.weight"].shape[0]
+        add("decoder.gdt_convs_4.0", gate, state_dict["decoder.decoder_block4.conv_out.weight"].shape[0], 3, 3)
+        add_norm("decoder.gdt_convs_4.1", gate)
+        add("decoder.gdt_convs_pred_4.0", 1, gate, 1, 1)
+        add("decoder.gdt_convs_attn_4.0", 1, gate, 1, 1, fill=OPEN_GATE)
+    return upgraded
+
+
+def read_state_dict(path):
+    """
+    Returns a checkpoint's state dict under today's names and in today's layout, whatever wrote it.
+
+    Raises:
+        ValueError: if the file is no checkpoint of this network; the message says what it is instead.
+    """
+    from birefnet.repository.checkpoint_birefnet import clean_state_dict, read_checkpoint
+
+    state_dict = clean_state_dict(read_checkpoint(path))
+    return upgrade_old_layout(state_dict) if is_old_layout(state_dict) else state_dict
+
+
+def build_config(fields):
+    """Returns the `BiRefNetConfig` of the given fields, the others at their defaults."""
+    from birefnet.repository.configuration_birefnet import BiRefNetConfig
+
+    return BiRefNetConfig(**fields)
+
+
+def build_processor(settings):
+    """Returns the `BiRefNetImageProcessor` of the given settings, the others at their defaults."""
+    from birefnet.repository.image_processing_birefnet import BiRefNetImageProcessor
+
+    return BiRefNetImageProcessor(**settings)
+
+
+def model_from_state_dict(config, state_dict, dtype=None):
+    """
+    Returns the model of a configuration with these weights, every one of them and nothing else.
+
+    Args:
+        config (`BiRefNetConfig`): What to build.
+        state_dict (`dict[str, torch.Tensor]`): Its weights, cleaned.
+        dtype (`torch.dtype`, *optional*): By default that of the weights.
+
+    Raises:
+        ValueError: if weights are missing, unexpected or of another shape; the message names the first of them.
+    """
+    from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
+
+    dtype = dtype or next(tensor.dtype for tensor in state_dict.values() if tensor.is_floating_point())
+    model, report = BiRefNetForImageSegmentation.from_pretrained(
+        None, config=config, state_dict=state_dict, dtype=dtype, output_loading_info=True
+    )
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[problem]:
+            names = sorted(map(str, report[problem]))
+            raise ValueError(f"{len(names)} {problem.replace('_keys', '')} weights, the first is {names[0]}.")
+    return model

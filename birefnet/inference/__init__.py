@@ -1,0 +1,11 @@
+"""Models ready to run: loading, device and dtype, int8, and the command-line arguments that choose them.
+
+`load_remover(...)` gives the background-removal pipeline, which all commands share.
+"""
+
+from birefnet.inference.arguments import add_model_arguments, model_options
+from birefnet.inference.loading import load_model
+from birefnet.inference.remover import load_remover
+
+
+__all__ = ["add_model_arguments", "load_model", "load_remover", "model_options"]

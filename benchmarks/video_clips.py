@@ -109,8 +109,8 @@ def photos_with_mattes() -> dict[str, tuple[Image.Image, Image.Image]]:
 
 def cut_sprite(photo: Image.Image, matte: Image.Image) -> np.ndarray:
     """A photo's subject in the middle of a square: premultiplied RGB and alpha, float32 (SPRITE, SPRITE, 4)."""
-    from birefnet.repository.pipeline_birefnet import to_planes
     from birefnet.repository.matting_birefnet import cut_out
+    from birefnet.repository.pipeline_birefnet import to_planes
 
     planes = cut_out(to_planes(photo), to_planes(matte) / 255)
     box = matte.point(lambda value: 255 * (value > 25)).getbbox()

@@ -42,6 +42,7 @@ from birefnet.evaluation.report import (
     write_curves,
     write_json,
 )
+from birefnet.evaluation.video import add_video_arguments, run_video_evaluation
 from birefnet.inference.arguments import add_model_arguments, model_options
 from birefnet.inference.remover import load_remover
 
@@ -58,6 +59,7 @@ examples:
   birefnet evaluate --predictions masks/ --ground-truth gt/
   birefnet evaluate validation.parquet --baseline foreground
   birefnet evaluate validation.parquet --baseline mean-mask:train.parquet
+  birefnet evaluate --video clips/ --no-stabilize             # clips with true mattes, frame by frame
   birefnet evaluate --update-card README.md --results result.json baseline.json
 
 A mask of another size than its ground truth (--predictions) is resized to it, bilinearly, as the published evaluation
@@ -128,6 +130,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=f"{FOREGROUND}|{MEAN_MASK}DATA",
         help="measure a constant instead of a model: all foreground, or the mean mask of training data",
     )
+    add_video_arguments(parser.add_argument_group("clips"))
     output = parser.add_argument_group("output")
     output.add_argument("--json", type=Path, metavar="FILE", help="write the result: measures, curves, what and how")
     output.add_argument("--csv", type=Path, metavar="FILE", help="write the measures of each picture")
@@ -148,6 +151,8 @@ def run(arguments: argparse.Namespace) -> int:
 
             update_card(arguments.update_card, arguments.results)
             return 0
+        if arguments.video:
+            return run_video_evaluation(arguments)
         metrics.require_libraries()
         return run_evaluation(arguments)
     except (ImportError, ValueError, OSError) as error:

@@ -164,14 +164,26 @@ def _run_network(remover, batch: list[_Item]) -> list[_Item]:
 
 
 def _stabilized(batches: Iterable[list[_Item]], stabilizer, segment: int) -> Iterator[_Item]:
-    logits = None
-    for batch in batches:
-        for item in batch:
-            logits = logits if item.is_repeated else item.data["logits"]
-            item.data["logits"] = logits if stabilizer is None else stabilizer(logits, item.frame.photo)
-            if (item.frame.index + 1) % segment == 0:
-                item.state = {} if stabilizer is None else stabilizer.state()
+    """The frames with steady logits, each one when the next frame is known."""
+    logits = waiting = None
+    for item in (item for batch in batches for item in batch):
+        logits = item.data["logits"] = logits if item.is_repeated else item.data["logits"]
+        is_last_of_segment = (item.frame.index + 1) % segment == 0
+        if stabilizer is None:
+            item.state = {} if is_last_of_segment else None
             yield item
+            continue
+        steady = stabilizer.step(logits, item.frame.photo)
+        if waiting is not None:
+            yield _with_logits(waiting, steady)
+        item.state, waiting = stabilizer.state() if is_last_of_segment else None, item
+    if waiting is not None:
+        yield _with_logits(waiting, stabilizer.finish())
+
+
+def _with_logits(item: _Item, logits) -> _Item:
+    item.data["logits"] = logits.to(item.data["logits"].device)
+    return item
 
 
 def _finish(item: _Item, finish: Callable) -> _Item:

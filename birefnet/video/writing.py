@@ -1,4 +1,4 @@
-"""Writing clips: encoders and their containers, picture sequences, and the join of finished segments with the sound."""
+"""Writing clips: encoders and their containers, picture sequences, and joining finished segments with the sound."""
 
 from __future__ import annotations
 

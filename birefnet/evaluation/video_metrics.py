@@ -63,14 +63,16 @@ class VideoMeasures:
         self.sums["gradient"] += self.gradient.of_picture(pred, gt)
         if self.before is not None:
             self._add_change(error, gt)
-        self.before = error, gt
+        self.before = error, np.ascontiguousarray(gt)  # as the optical flow needs it
         self.frames += 1
 
     def _add_change(self, error: np.ndarray, mask: np.ndarray) -> None:
         error_before, mask_before = self.before
         # (α_t − α_{t−1}) − (α*_t − α*_{t−1}) is the change of the error.
         self.sums["dtSSD"] += math.sqrt(np.square(error - error_before).mean(dtype=np.float64)) * 100
-        motion = np.rint(self.flow.calc(mask_before, mask, None)).astype(np.int64)  # (height, width, 2) as x, y
+        motion = np.rint(self.flow.calc(mask_before, np.ascontiguousarray(mask), None)).astype(
+            np.int64
+        )  # (height, width, 2) as x, y
         rows, columns = np.indices(mask.shape)
         rows = (rows + motion[..., 1]).clip(0, mask.shape[0] - 1)
         columns = (columns + motion[..., 0]).clip(0, mask.shape[1] - 1)

@@ -23,6 +23,7 @@ MISSING = (
     "clips need PyAV and OpenCV: install the extra `video`, `pip install 'birefnet-transformers[video]'` ({error})"
 )
 SEQUENCE_SUFFIXES = (*PHOTO_SUFFIXES, ".exr", ".dpx")
+_MOMENT = 1e-6  # seconds; 0.08 as a floating-point number is not exactly the time of a frame at 2/25 s
 _BT601, _BT709 = 5, 1  # numbers of the matrices in ITU-T H.273, as FFmpeg has them
 _UNSPECIFIED = (0, 2)
 _LIMITED_RANGE, _FULL_RANGE = 1, 2
@@ -136,10 +137,10 @@ class Clip:
             if picture.pts is None or (last is not None and picture.pts <= last):
                 picture.pts = 0 if last is None else last + step
             last = picture.pts
-            seconds = picture.pts * self.time_base
-            if end is not None and seconds >= end:
+            seconds = float(picture.pts * self.time_base)
+            if end is not None and seconds >= end - _MOMENT:
                 return
-            if seconds >= start:
+            if seconds >= start - _MOMENT:
                 yield picture
 
     def _decoded(self) -> Iterator:

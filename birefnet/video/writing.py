@@ -235,7 +235,7 @@ def join(
     av = require_av()
     notes: list[str] = []
     partial = destination.with_name(f".{destination.stem}.partial{destination.suffix}")
-    start = Fraction(segments[0][1][0]) * clip.time_base if span else Fraction(0)
+    start = segments[0][1][0] * clip.time_base if span else None
     end = span[1] if span else None
     try:
         with av.open(str(partial), "w") as output, clip.open() as source:
@@ -257,10 +257,10 @@ def join(
     return notes
 
 
-def _video_packets(segments, video, clip: Clip, start: Fraction) -> Iterator[tuple]:
+def _video_packets(segments, video, clip: Clip, start: Fraction | None) -> Iterator[tuple]:
     """(seconds, track, packet) of the segments' packets with the clip's own times."""
     av = require_av()
-    offset = round(start / clip.time_base)
+    offset = round((start or 0) / clip.time_base)
     times = [time for _, own in segments for time in own]
     step = max(1, round(1 / (clip.rate * clip.time_base)))
     following = iter([*times[1:], times[-1] + step])
@@ -290,23 +290,25 @@ def _audio_packets(source, track, output, output_format: Format, start, end, not
     return _reencoded(source, track, encoder, start, end)
 
 
-def _copied(source, track, copy, start: Fraction, end: float | None) -> Iterator[tuple]:
+def _copied(source, track, copy, start: Fraction | None, end: float | None) -> Iterator[tuple]:
+    """Packets from `start` on. Without a start all are kept: those before 0 prepare the decoder."""
     for packet in source.demux(track):
         if packet.size == 0 or packet.pts is None:
             continue
         seconds = packet.pts * packet.time_base
-        if seconds < start:
+        if start is not None and seconds < start:
             continue
         if end is not None and seconds >= end:
             return
-        shift = round(start / packet.time_base)
+        shift = round((start or 0) / packet.time_base)
         packet.pts, packet.dts = packet.pts - shift, (packet.pts if packet.dts is None else packet.dts) - shift
         packet.stream = copy
-        yield float(seconds - start), 1, packet
+        yield float(seconds - (start or 0)), 1, packet
 
 
-def _reencoded(source, track, encoder, start: Fraction, end: float | None) -> Iterator[tuple]:
+def _reencoded(source, track, encoder, start: Fraction | None, end: float | None) -> Iterator[tuple]:
     av = require_av()
+    start = start or 0
     context = encoder.codec_context
     resampler = av.AudioResampler(format=context.codec.audio_formats[0], layout=track.layout, rate=48000)
     encoder.layout = track.layout

@@ -22,6 +22,7 @@ COMMANDS = {
     "evaluate": ("birefnet.evaluation.command", "measure a model, or a folder of masks, against ground truth"),
     "variants": ("birefnet.hub.variants", "list the published checkpoints, and which one to take"),
     "convert": ("birefnet.hub.convert", "turn any BiRefNet checkpoint into a complete folder, or back"),
+    "export": ("birefnet.export.command", "write ONNX, OpenVINO or torch.export files, checked against PyTorch"),
     "publish": ("birefnet.hub.publish", "upload a variant as a complete repository to the Hub"),
 }
 INTERRUPTED = 130  # the exit code that shells report after Ctrl-C

@@ -1,0 +1,2 @@
+def mount_page(app, server):
+    pass

@@ -19,7 +19,9 @@ from birefnet.serve.limits import Limits
 PORTS = {"http": 80, "https": 443}
 # Ranges that `ipaddress` counts as global although what answers there may be inside the operator's network: IPv4
 # addresses inside IPv6 (NAT64, 6to4, Teredo), and the shared address space of carriers.
-_TUNNELS = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32", "100.64.0.0/10")))
+_TUNNELS = tuple(
+    map(ipaddress.ip_network, ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32", "100.64.0.0/10"))
+)
 
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 
@@ -63,7 +65,10 @@ class PhotoFetcher:
         self._resolve, self._is_allowed_address = resolve, is_allowed_address
         # No proxy of the environment: it would connect in our place, to whatever address it finds.
         self._client = httpx.AsyncClient(
-            trust_env=False, follow_redirects=False, timeout=limits.url_seconds, limits=httpx.Limits(max_connections=16)
+            trust_env=False,
+            follow_redirects=False,
+            timeout=limits.url_seconds,
+            limits=httpx.Limits(max_connections=16),
         )
 
     async def fetch(self, url: str) -> bytes:

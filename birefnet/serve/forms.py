@@ -31,7 +31,9 @@ class Form:
             RequestError: a field is unknown or its value not allowed; the message names it.
         """
         try:
-            return model.model_validate({name: value for name, value in self.values.items() if value not in ("", None)})
+            return model.model_validate(
+                {name: value for name, value in self.values.items() if value not in ("", None)}
+            )
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False)[0]
             name = ".".join(map(str, first["loc"])) or "request"
@@ -56,9 +58,7 @@ async def read_form(request: Request, most_files: int) -> Form:
             return _from_json(await request.body())
         if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
             most_text = 40 * 2**20  # a field may be a photo in base64; the body's own limit is checked before
-            return _sorted(
-                await request.form(max_files=most_files, max_fields=MOST_FIELDS, max_part_size=most_text)
-            )
+            return _sorted(await request.form(max_files=most_files, max_fields=MOST_FIELDS, max_part_size=most_text))
     except (MultiPartException, HTTPException) as error:
         reason = getattr(error, "message", None) or getattr(error, "detail", "")
         raise RequestError(f"The form is malformed: {reason}", "invalid_form") from None

@@ -9,7 +9,16 @@ from PIL import Image
 from birefnet.serve.errors import RequestError
 
 
-MEGAPIXELS = {"preview": 0.25, "small": 0.25, "regular": 0.25, "medium": 1.5, "hd": 4, "full": 25, "4k": 25, "50MP": 50}
+MEGAPIXELS = {
+    "preview": 0.25,
+    "small": 0.25,
+    "regular": 0.25,
+    "medium": 1.5,
+    "hd": 4,
+    "full": 25,
+    "4k": 25,
+    "50MP": 50,
+}
 _VISIBLE = 12  # opacity (0 to 255) from which on a pixel belongs to the subject
 _LENGTH = re.compile(r"(-?\d+(?:\.\d+)?)(px|%)?")
 

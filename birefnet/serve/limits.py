@@ -18,7 +18,7 @@ class Limits:
         request_seconds: time from the complete request to its answer, per photo.
         url_seconds: time in which a photo from a URL must have arrived whole.
         redirects: most redirects of a URL.
-        waiting: most photos in the building at once; the next one is answered 429.
+        waiting: most requests at work or waiting; the next one is answered 429.
     """
 
     upload_bytes: int = 25 * 2**20

@@ -17,14 +17,14 @@ class Metrics:
     def __init__(self):
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)  # memory, processor time, open files
-        self.requests = Counter(
-            "birefnet_requests", "Answered requests", ("route", "status"), registry=self.registry
-        )
+        self.requests = Counter("birefnet_requests", "Answered requests", ("route", "status"), registry=self.registry)
         self.dropped = Counter(
             "birefnet_dropped", "Requests whose client left before the answer", ("route",), registry=self.registry
         )
-        self.waiting = Gauge("birefnet_queue_photos", "Photos in the building", registry=self.registry)
-        self.places = Gauge("birefnet_queue_limit", "Photos from which on requests are refused", registry=self.registry)
+        self.waiting = Gauge("birefnet_queue_photos", "Requests accepted and not yet answered", registry=self.registry)
+        self.places = Gauge(
+            "birefnet_queue_limit", "Requests from which on further ones are refused", registry=self.registry
+        )
         self.loaded = Gauge("birefnet_loaded_models", "Models in memory", registry=self.registry)
         self.batch_size = Histogram(
             "birefnet_batch_photos", "Photos of a network call", buckets=(1, 2, 4, 8, 16, 32), registry=self.registry

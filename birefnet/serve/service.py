@@ -71,7 +71,7 @@ class CutoutService:
     @contextmanager
     def place(self) -> Iterator[None]:
         """
-        A place in the building, from before the body is read until the answer is ready.
+        A place in the queue, from before the body is read until the answer is ready.
 
         Raises:
             TooBusyError: all places are taken, the photos before this one would take longer than a request may, or

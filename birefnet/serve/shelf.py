@@ -55,7 +55,9 @@ class ModelShelf:
         for offered in self.names:
             if _variant_of(wanted) == _variant_of(offered):
                 return offered
-        raise RequestError(f"There is no model {name[:80]!r} here; there are {', '.join(self.names)}.", "unknown_model")
+        raise RequestError(
+            f"There is no model {name[:80]!r} here; there are {', '.join(self.names)}.", "unknown_model"
+        )
 
     async def get(self, name: str):
         """

@@ -94,9 +94,7 @@ def _photos_of(form: Form, server: Server) -> Iterator[tuple[str, bytes | Reques
     return ((file.filename or "photo", file.file.read()) for file in files)
 
 
-async def _results(
-    server: Server, fields: Batch, photos: Iterator, model: str, options: dict
-) -> AsyncIterator[bytes]:
+async def _results(server: Server, fields: Batch, photos: Iterator, model: str, options: dict) -> AsyncIterator[bytes]:
     """The archive's bytes. A few photos are at work at a time; results are in the photos' order."""
     archive, report, taken = StreamedArchive(), [], {REPORT}
 

@@ -1,2 +1,0 @@
-def mount_page(app, server):
-    pass

@@ -77,6 +77,24 @@ class Server(uvicorn.Server):
             task.cancel()
 
 
+def uvicorn_config(app: FastAPI, host: str, port: int) -> uvicorn.Config:
+    """How uvicorn runs the application."""
+    PunctualProtocol.seconds = app.state.server.limits.idle_seconds
+    return uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=PunctualProtocol,
+        ws="none",
+        access_log=False,
+        server_header=False,
+        log_level="warning",
+        limit_concurrency=MOST_CONNECTIONS,
+        timeout_graceful_shutdown=SECONDS_TO_FINISH,
+        proxy_headers=False,
+    )
+
+
 def serve(app: FastAPI, host: str, port: int) -> int:
     """
     Serves until SIGTERM or Ctrl-C.
@@ -86,31 +104,15 @@ def serve(app: FastAPI, host: str, port: int) -> int:
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it would log the URLs of strangers' photos
-    PunctualProtocol.seconds = app.state.server.limits.idle_seconds
-    config = uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        http=PunctualProtocol,
-        ws="none",
-        access_log=False,
-        server_header=False,
-        date_header=True,
-        log_level="warning",
-        limit_concurrency=MOST_CONNECTIONS,
-        timeout_keep_alive=5,
-        timeout_graceful_shutdown=SECONDS_TO_FINISH,
-        proxy_headers=False,
-    )
     shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
     logger.info("page: http://%s:%d   APIs: http://%s:%d/docs   Ctrl-C ends it", shown, port, shown, port)
-    server = Server(config, app)
+    server = Server(uvicorn_config(app, host, port), app)
+    # Uvicorn raises the signal again once all is finished: SIGTERM would end the process with an error code.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
     try:
         server.run()
-    except KeyboardInterrupt:  # uvicorn raises the signal again once all is finished
+    except KeyboardInterrupt:
         pass
-    except SystemExit:
+    except SystemExit:  # the port is taken; uvicorn has said so
         return 1
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return 0 if server.started else 1

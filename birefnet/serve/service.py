@@ -1,9 +1,9 @@
 """
 From an encoded photo to an encoded cut-out, for all APIs and the page.
 
-A photo is decoded in a thread, waits for the network in the queue of [`NetworkWorkers`], and is finished (matte, edits,
-background, encoding) in a thread. These are the stages of the pipeline: `preprocess`, `forward`, `postprocess`. Photos
-that wait for their turn are kept encoded, and only a few are decoded at a time, so that memory stays bounded.
+A photo is decoded in a thread, waits for the network in the queue of [`NetworkWorkers`], and is finished in a thread:
+matte, edits, background, encoding. These are the stages of the pipeline: `preprocess`, `forward`, `postprocess`.
+Photos that wait for their turn are kept encoded, and only a few are decoded at a time, so that memory stays bounded.
 """
 
 import asyncio

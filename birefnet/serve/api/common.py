@@ -83,9 +83,8 @@ def parse_colour(name: str, text: str) -> tuple[int, int, int, int]:
 
 def picture_response(content: bytes, picture_format: str, headers: dict[str, str] | None = None) -> Response:
     """A picture as the answer. Nothing on the way keeps a copy."""
-    return Response(
-        content, media_type=MEDIA_TYPES[picture_format], headers={"Cache-Control": "no-store", **(headers or {})}
-    )
+    headers = {"Cache-Control": "no-store", **(headers or {})}
+    return Response(content, media_type=MEDIA_TYPES[picture_format], headers=headers)
 
 
 def described_body(model, files: dict[str, str], kinds: tuple[str, ...] = ("multipart/form-data",)) -> dict:

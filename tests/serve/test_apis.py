@@ -191,7 +191,7 @@ def test_batch_of_files_and_of_a_zip(client):
 
 
 def test_batch_without_photos_is_refused(client):
-    assert client.post("/v1/batch", data={"mask": "true"}).json()["code"] == "invalid_form"
+    assert client.post("/v1/batch", data={"mask": "true"}).json()["code"] == "missing_source"
     assert client.post("/v1/batch", files={"a": ("a.zip", b"no archive")}).json()["code"] == "invalid_archive"
     both = [("a", ("a.zip", b"")), ("b", ("b.png", ENCODED))]
     assert client.post("/v1/batch", files=both).json()["code"] == "multiple_sources"

@@ -20,8 +20,8 @@ class RunningServer:
     """A server that answers at `url`; `app` is its application, `server` uvicorn's."""
 
     def __init__(self, app):
-        from birefnet.serve.running import uvicorn_config
         from birefnet.serve.running import Server as BirefnetServer
+        from birefnet.serve.running import uvicorn_config
 
         self.app = app
         self.socket = socket.socket()

@@ -148,7 +148,7 @@ def test_a_photo_with_its_host_and_over_redirects(site):
 
 def test_the_address_that_was_checked_is_the_one_connected_to(site):
     """The second DNS answer would be loopback; the name is not resolved a second time."""
-    port, asked = site
+    port, _ = site
     names = {"rebind.example": [["public"], ["127.0.0.1"]]}
     assert fetched(f"http://rebind.example:{port}/photo", names) == PHOTO
     assert names["rebind.example"] == [["127.0.0.1"]]  # resolved once

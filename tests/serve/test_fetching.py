@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -80,10 +80,8 @@ class _Site(BaseHTTPRequestHandler):
 
 
 def with_suppressed_pipe(write):
-    try:
+    with suppress(OSError):  # the client has seen enough
         write()
-    except OSError:  # the client has seen enough
-        pass
 
 
 @contextmanager

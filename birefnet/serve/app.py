@@ -74,7 +74,9 @@ def create_app(
     app.add_exception_handler(ClientLeftError, _nobody_there)
     app.add_exception_handler(Exception, _failed)
     headers = security_headers(frame_ancestors)
-    app.add_middleware(Guard, limits=limits, metrics=metrics, headers=headers, loopback_only=loopback_only)
+    app.add_middleware(
+        Guard, limits=limits, metrics=metrics, headers=headers, loopback_only=loopback_only, ending=server.ending
+    )
     if with_page:
         from birefnet.serve.page import mount_page
 

@@ -15,6 +15,8 @@ from birefnet.serve.metrics import Metrics
 
 # Routes whose body may hold many photos.
 ROUTES_OF_MANY = ("/v1/batch", "/gradio_api/upload")
+# Answers that never end by themselves: an open page listens to them.
+STREAMS_OF_PAGES = ("/gradio_api/heartbeat", "/gradio_api/queue/data")
 _OVERHEAD = 2**16  # of a form around its photo
 
 _ONLY_OWN = (
@@ -64,10 +66,20 @@ class Guard:
         headers: what is added to every answer.
         loopback_only: whether the server is bound to loopback. Requests for another host's name are then refused:
             they come from a web page whose name was made to lead here (DNS rebinding).
+        ending: set when the streams of open pages have to end.
     """
 
-    def __init__(self, app, limits: Limits, metrics: Metrics, headers: dict[str, str], loopback_only: bool):
+    def __init__(
+        self,
+        app,
+        limits: Limits,
+        metrics: Metrics,
+        headers: dict[str, str],
+        loopback_only: bool,
+        ending: asyncio.Event,
+    ):
         self.app, self.limits, self.metrics, self.loopback_only = app, limits, metrics, loopback_only
+        self.ending = ending
         self.headers = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
 
     async def __call__(self, scope, receive, send) -> None:
@@ -78,11 +90,27 @@ class Guard:
         try:
             self._check_origin(exchange)
             exchange.check_announced()
-            await self.app(scope, exchange.receive, exchange.send)
+            work = self.app(scope, exchange.receive, exchange.send)
+            if scope["path"].startswith(STREAMS_OF_PAGES):
+                work = self._until_the_end(work, exchange)
+            await work
         except RequestError as error:
             if exchange.answered:
                 raise
             await exchange.refuse(error)
+
+    async def _until_the_end(self, work: Awaitable, exchange: "_Exchange") -> None:
+        """Runs a page's stream until it ends or the server does."""
+        stream, ending = asyncio.ensure_future(work), asyncio.ensure_future(self.ending.wait())
+        try:
+            await asyncio.wait({stream, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if stream.done():
+                return stream.result()
+        finally:
+            for task in (stream, ending):
+                task.cancel()
+            await asyncio.gather(stream, ending, return_exceptions=True)
+        await exchange.end()
 
     def _check_origin(self, exchange: "_Exchange") -> None:
         host = exchange.header("host").rsplit(":", 1)[0] if "]" not in exchange.header("host") else None
@@ -146,6 +174,13 @@ class _Exchange:
             added = [(name, value) for name, value in self.guard.headers if name not in present]
             message = {**message, "headers": [*message["headers"], *added]}
         await self._send(message)
+
+    async def end(self) -> None:
+        """Ends an answer that is being sent."""
+        if self.answered:
+            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        else:
+            await self.refuse(RequestError("The server is about to stop.", "stopping", 503))
 
     async def _drain(self) -> None:
         """

@@ -61,20 +61,19 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets=None) -> None:
-        service = self._app.state.server.service
-        releasing = asyncio.create_task(self._release_streams(service))
+        ending = asyncio.create_task(self._end_streams())
         try:
             await super().shutdown(sockets)
         finally:
-            releasing.cancel()
+            ending.cancel()
 
-    async def _release_streams(self, service) -> None:
-        """Once no photo is at work: ends the event streams of open pages, which would never end by themselves."""
-        while service.busy:
+    async def _end_streams(self) -> None:
+        """Ends the event streams of open pages once no photo is at work; they would never end by themselves."""
+        server = self._app.state.server
+        while server.service.busy:
             await asyncio.sleep(0.05)
-        await asyncio.sleep(0.2)  # for answers on their way
-        for task in list(self.server_state.tasks):
-            task.cancel()
+        await asyncio.sleep(0.2)  # for the pages to learn of the last photo
+        server.ending.set()
 
 
 def uvicorn_config(app: FastAPI, host: str, port: int) -> uvicorn.Config:

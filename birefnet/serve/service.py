@@ -27,6 +27,9 @@ from birefnet.serve.shelf import ModelShelf
 from birefnet.serve.workers import NetworkWorkers
 
 
+UPLOADS_PER_PLACE = 4  # bodies that may be on their way for each place in the queue
+
+
 @dataclass
 class ComputedPhoto:
     """A photo with the network's output for it, from which any picture can be made without the network."""
@@ -62,16 +65,33 @@ class CutoutService:
         self._decoding = ThreadPoolExecutor(helpers, "decode", torch.set_num_threads, threads)
         self._finishing = ThreadPoolExecutor(helpers, "finish", torch.set_num_threads, threads)
         self._decoded_at_once = asyncio.Semaphore(2 * helpers + 2 * workers.batch_size)
-        self._places = 0
+        self._places = self._uploads = 0
         self._seconds_per_photo = 0.0  # while there is work, a running mean
         self._last_done = 0.0
         self.draining = False
         metrics.places.set(limits.waiting)
 
     @contextmanager
+    def upload(self) -> Iterator[None]:
+        """
+        Leave to send a body.
+
+        Raises:
+            TooBusyError: as for [`place`], or too many others are sending theirs.
+        """
+        self.check_place()
+        if self._uploads >= UPLOADS_PER_PLACE * self.limits.waiting:
+            raise TooBusyError("Too many photos are being sent; come again in 5 s.", retry_after=5)
+        self._uploads += 1
+        try:
+            yield
+        finally:
+            self._uploads -= 1
+
+    @contextmanager
     def place(self) -> Iterator[None]:
         """
-        A place in the queue, from before the body is read until the answer is ready.
+        A place in the queue, from the complete request until the answer is ready.
 
         Raises:
             TooBusyError: all places are taken, the photos before this one would take longer than a request may, or

@@ -4,17 +4,17 @@ import asyncio
 import json
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack
+from contextlib import AsyncExitStack
 from typing import Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from birefnet.serve.api.common import MEDIA_TYPES, Server, described_body, parse_colour, server_of
+from birefnet.serve.api.common import MEDIA_TYPES, Server, accepted_form, described_body, parse_colour, server_of
 from birefnet.serve.archives import StreamedArchive, check_directory, safe_name, unpack
 from birefnet.serve.errors import RequestError
-from birefnet.serve.forms import Form, read_form
+from birefnet.serve.forms import Form
 
 
 router = APIRouter(tags=["batch"])
@@ -41,9 +41,8 @@ class Batch(BaseModel):
 )
 async def cut_out_batch(request: Request):
     server = server_of(request)
-    with ExitStack() as stack:
-        stack.enter_context(server.service.place())
-        form = await read_form(request, server.limits.batch_photos)
+    async with AsyncExitStack() as stack:
+        form = await stack.enter_async_context(accepted_form(request, server, server.limits.batch_photos))
         fields = form.parse(Batch)
         photos = _photos_of(form, server)
         work = _results(server, fields, photos, server.service.shelf.resolve(fields.model), _options(fields))
@@ -54,13 +53,13 @@ async def cut_out_batch(request: Request):
 class _ArchiveResponse(StreamingResponse):
     """Sends the archive while it is made. The request keeps its place until then, or until the client has left."""
 
-    def __init__(self, first: bytes, rest: AsyncIterator[bytes], stack: ExitStack):
+    def __init__(self, first: bytes, rest: AsyncIterator[bytes], stack: AsyncExitStack):
         headers = {"Content-Disposition": 'attachment; filename="cutouts.zip"', "Cache-Control": "no-store"}
         super().__init__(self._parts(first, rest), media_type=MEDIA_TYPES["zip"], headers=headers)
         self._rest, self._stack = rest, stack
 
     async def __call__(self, scope, receive, send) -> None:
-        with self._stack:
+        async with self._stack:
             try:
                 await super().__call__(scope, receive, send)
             finally:

@@ -1,8 +1,11 @@
 """What the routes share: the server's parts, photos out of forms, colours, and answers that are pictures."""
 
+import asyncio
 import base64
 import binascii
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 
 from fastapi import Request, Response
 from PIL import ImageColor
@@ -10,6 +13,7 @@ from starlette.datastructures import UploadFile
 
 from birefnet.serve.errors import InvalidPhotoError, RequestError
 from birefnet.serve.fetching import PhotoFetcher
+from birefnet.serve.forms import Form, read_form
 from birefnet.serve.keys import ApiKeys
 from birefnet.serve.limits import Limits
 from birefnet.serve.metrics import Metrics
@@ -29,6 +33,7 @@ class Server:
     keys: ApiKeys
     limits: Limits
     metrics: Metrics
+    ending: asyncio.Event = field(default_factory=asyncio.Event)  # set when open pages' streams have to end
 
 
 def server_of(request: Request) -> Server:
@@ -36,6 +41,23 @@ def server_of(request: Request) -> Server:
     server: Server = request.app.state.server
     server.keys.check(request)
     return server
+
+
+@asynccontextmanager
+async def accepted_form(request: Request, server: Server, most_files: int) -> AsyncIterator[Form]:
+    """
+    A request's form, and with it a place in the queue.
+
+    A form takes its place once it has arrived whole, so that slow uploads keep nobody waiting.
+
+    Raises:
+        TooBusyError: there is no place, also when there is none before the body is read.
+        RequestError: the form is malformed.
+    """
+    with server.service.upload():
+        form = await read_form(request, most_files)
+    with server.service.place():
+        yield form
 
 
 async def photo_of(server: Server, file: UploadFile | None, in_base64: str | None, url: str | None) -> bytes:

@@ -7,9 +7,9 @@ from typing import Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from birefnet.serve.api.common import Server, described_body, server_of
+from birefnet.serve.api.common import Server, accepted_form, described_body, server_of
 from birefnet.serve.errors import RequestError
-from birefnet.serve.forms import Form, read_form
+from birefnet.serve.forms import Form
 from birefnet.serve.guard import while_connected
 
 
@@ -46,8 +46,7 @@ class Edit(BaseModel):
 )
 async def edit_images(request: Request):
     server = server_of(request)
-    with server.service.place():
-        form = await read_form(request, most_files=MOST_IMAGES + 1)
+    async with accepted_form(request, server, most_files=MOST_IMAGES + 1) as form:
         return await while_connected(request, _answer(server, form))
 
 

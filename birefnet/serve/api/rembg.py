@@ -3,9 +3,17 @@
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from birefnet.serve.api.common import PICTURE_CONTENT, Server, described_body, photo_of, picture_response, server_of
+from birefnet.serve.api.common import (
+    PICTURE_CONTENT,
+    Server,
+    accepted_form,
+    described_body,
+    photo_of,
+    picture_response,
+    server_of,
+)
 from birefnet.serve.errors import RequestError
-from birefnet.serve.forms import Form, read_form
+from birefnet.serve.forms import Form
 from birefnet.serve.guard import while_connected
 
 
@@ -55,8 +63,7 @@ async def remove_from_url(request: Request):
 )
 async def remove_from_upload(request: Request):
     server = server_of(request)
-    with server.service.place():
-        form = await read_form(request, most_files=1)
+    async with accepted_form(request, server, most_files=1) as form:
         fields = Form({**request.query_params, **form.values}).parse(Remove)
         file = next(iter(form.uploads("file")), None)
         return await while_connected(request, _answer(server, fields, file))

@@ -14,6 +14,7 @@ from birefnet.photos.writing import encode_picture
 from birefnet.serve.api.common import (
     PICTURE_CONTENT,
     Server,
+    accepted_form,
     described_body,
     parse_colour,
     photo_of,
@@ -21,7 +22,7 @@ from birefnet.serve.api.common import (
     server_of,
 )
 from birefnet.serve.errors import RequestError
-from birefnet.serve.forms import Form, read_form
+from birefnet.serve.forms import Form
 from birefnet.serve.framing import Frame, on_background, parse_lengths
 from birefnet.serve.guard import while_connected
 from birefnet.serve.intake import decode_photo
@@ -76,8 +77,7 @@ class RemoveBackground(BaseModel):
 )
 async def remove_background(request: Request):
     server = server_of(request)
-    with server.service.place():
-        form = await read_form(request, most_files=2)
+    async with accepted_form(request, server, most_files=2) as form:
         return await while_connected(request, _answer(server, form, request.headers.get("accept", "")))
 
 

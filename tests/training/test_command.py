@@ -21,6 +21,7 @@ pytest.importorskip("accelerate")
 from birefnet.errors import CommandError, UsageError
 from birefnet.inference.loading import load_model
 from birefnet.training import command as training
+from birefnet.training.augmentation import AugmentationSettings
 
 from ..conftest import TINY_CONFIG
 from ..drawn_photos import write_folder
@@ -175,6 +176,21 @@ def quiet(**more):
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
 
 
+def test_report_is_beside_the_model(photos, uninterrupted, tiny_model_folder, tmp_path):
+    """Pictures of a new network's run and of a fine-tuning, which also shows mattes from before it."""
+    from PIL import Image
+
+    more = ["--model", tiny_model_folder, "--epochs", 1]
+    result = training.train(options(photos, tmp_path, *more, new=False))
+    for folder, columns in ((uninterrupted, 3), (tmp_path, 4)):
+        sheet = Image.open(folder / "before_after.png")
+        assert sheet.size == (columns * 64, 2 * 64) and (folder / "curve.png").stat().st_size > 5000
+        text = (folder / "README.md").read_text()
+        assert "(curve.png)" in text and "(before_after.png)" in text
+    assert result["result"] in text and f"| before training | 0 | {result['mae_before']:.4f} |" in text
+    assert f"| after the last epoch | 1 | {result['mae_last']:.4f} |" in text
+
+
 def test_card_states_data_and_measurement(photos, uninterrupted):
     text = (uninterrupted / "README.md").read_text()
     assert "library_name: transformers" in text
@@ -195,13 +211,16 @@ def test_newcomer_fine_tunes_in_one_command_and_validation_improves(photos, tiny
     load(tmp_path)
 
 
-def test_folder_is_never_worse_than_the_start(photos, tiny_model_folder, tmp_path):
-    """A learning rate that ruins everything: the folder then holds what came in."""
-    more = ["--model", tiny_model_folder, "--epochs", 2, "--learning-rate", 30]
+def test_folder_is_never_worse_than_the_start(photos, uninterrupted, tmp_path):
+    """A learning rate that ruins everything: the training stops, and the folder holds what came in and says so."""
+    more = ["--model", uninterrupted, "--epochs", 4, "--learning-rate", 30]
     result = training.train(options(photos, tmp_path, *more, new=False))
     errors = history(tmp_path, "eval_mae")
-    assert result["mae"] == result["mae_before"] == errors[0] < min(errors[3], errors[6])
-    saved, before = load_file(tmp_path / "model.safetensors"), load_file(tiny_model_folder / "model.safetensors")
+    assert list(errors) == [0, 3] and errors[3] >= 2 * errors[0]
+    assert result["mae"] == result["mae_before"] == errors[0] and result["mae_last"] == errors[3]
+    assert result["result"].startswith("Not improved") and "stopped" in result["result"]
+    assert result["result"] in (tmp_path / "README.md").read_text()
+    saved, before = load_file(tmp_path / "model.safetensors"), load_file(uninterrupted / "model.safetensors")
     assert all(torch.equal(saved[key], before[key]) for key in before)
 
 
@@ -216,7 +235,7 @@ def test_settings_that_shape_nothing_go_with_fine_tuning(photos, tiny_model_fold
     after = load_file(tmp_path / "checkpoints" / "checkpoint-2" / "model.safetensors")
     changed = {key for key in before if before[key].is_floating_point() and not torch.equal(before[key], after[key])}
     assert any(key.startswith("decoder.") for key in changed)
-    assert all("running_" in key for key in changed if key.startswith("bb."))  # statistics alone
+    assert not any(key.startswith("bb.") or "running_" in key for key in changed)
 
 
 def test_foreign_weights_are_fine_tuned(tiny_model_folder, tmp_path):
@@ -286,22 +305,57 @@ def test_adapters_resume_exactly(photos, tiny_model_folder, tmp_path):
 # Schedules, data, precision
 
 
-def test_recipe_of_the_task():
+def filled_in(task, photos, *words):
+    arguments = parse("--data", "x", "--output", "y", *words)
+    config = argparse.Namespace(task=task, backbone="swin_v1_t" if "swin_v1_t" in words else "resnet18")
+    recipe = training.choose_recipe(arguments, config, photos)
+    training._fill_in(arguments, recipe)
+    return arguments, recipe
+
+
+def test_new_networks_train_as_published():
     for task, rate, epochs in (("dis", 1e-4, 500), ("general", 1e-5, 200), ("matting", 1e-5, 150)):
-        arguments = parse("--data", "x", "--output", "y", "--batch-size", 16, "--backbone", "resnet18")
-        found = training.training_arguments(arguments, task, argparse.Namespace(pixels=1), None)
-        assert (found.learning_rate, found.num_train_epochs, found.weight_decay) == (2 * rate, epochs, 1e-2)
+        arguments, recipe = filled_in(task, 100, "--batch-size", 16, "--backbone", "resnet18")
+        assert (arguments.learning_rate, arguments.epochs, arguments.weight_decay) == (2 * rate, epochs, 1e-2)
+        assert arguments.backbone_learning_rate is None and recipe.batch_statistics and not arguments.bf16
+        assert training.augmentation_settings(arguments) == AugmentationSettings()
     assert training.default_last_epochs("general", 200) == 20
     assert training.default_last_epochs("general", 20) == 2
     assert training.default_last_epochs("dis", 1000) == 40
 
 
-def test_bf16_needs_no_accelerator(tmp_path, monkeypatch):
-    """transformers refuses it on a machine that has none, unless it is told that the CPU is meant."""
+def test_fine_tuning_is_safe_without_options():
+    for photos, batch, epochs in ((16, 4, 20), (100, 4, 3), (10_000, 4, 2), (4, 4, 40)):
+        arguments, recipe = filled_in("general", photos, "--batch-size", batch)
+        assert arguments.epochs == epochs and not recipe.batch_statistics
+        assert (arguments.schedule, arguments.max_grad_norm, arguments.background) == ("cosine", 1.0, 0.0)
+    backbone_rates = [
+        filled_in("general", 20, *words)[0].backbone_learning_rate
+        for words in ([], ["--learning-rate", 1e-5], ["--learning-rate", 1], ["--backbone-learning-rate", 3])
+    ]
+    assert backbone_rates == [2e-4, 1e-5, 2e-4, 3]
+
+
+def test_published_recipe_is_one_option_away():
+    arguments, recipe = filled_in("general", 100, "--recipe", "published", "--epochs", 7)
+    assert (arguments.learning_rate, arguments.epochs, arguments.schedule) == (1e-5, 7, "constant")
+    assert recipe.batch_statistics and arguments.ema_decay == 0
+
+
+def test_bf16_needs_no_accelerator(monkeypatch):
+    """transformers refuses it on a machine without one, unless it is told to use the CPU."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    arguments = parse("--data", "x", "--output", tmp_path, "--bf16")
-    found = training.training_arguments(arguments, "general", argparse.Namespace(pixels=1), None)
+    arguments, _ = filled_in("general", 20, "--bf16")
+    found = training.training_arguments(arguments, argparse.Namespace(pixels=1), None)
     assert found.bf16 and found.device.type == "cpu"
+
+
+def test_bf16_is_the_default_only_where_it_is_fast(monkeypatch):
+    for fast in (True, False):
+        monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda fast=fast: fast)
+        assert filled_in("general", 20, "--cpu")[0].bf16 is fast
+        assert not filled_in("general", 20, "--cpu", "--no-bf16")[0].bf16
+        assert not filled_in("general", 20, "--cpu", "--fp16")[0].bf16
 
 
 def test_split_is_repeatable_and_whole():
@@ -310,6 +364,8 @@ def test_split_is_repeatable_and_whole():
     assert len(held_out) == 2 and sorted(kept + held_out) == pairs
     assert training.split_pairs(pairs, 0.1, seed=3) == (kept, held_out) != training.split_pairs(pairs, 0.1, seed=4)
     assert training.split_pairs(pairs, 0, seed=3) == (pairs, [])
+    for count, expected in ((8, 1), (20, 4), (100, 10)):
+        assert len(training.split_pairs(list(range(count)), None, seed=3)[1]) == expected
     with pytest.raises(ValueError, match="nothing is left"):
         training.split_pairs([1], 0.1, seed=3)
 

@@ -73,7 +73,7 @@ def test_weights_out_of_reach_are_an_error_that_names_them(monkeypatch):
 
     model = BiRefNetForImageSegmentation(BiRefNetConfig(**TINY_CONFIG))
     monkeypatch.setattr(timm, "create_model", unreachable)
-    with pytest.raises(OSError, match=r"test_resnet cannot be had: no route"):
+    with pytest.raises(OSError, match=r"test_resnet cannot be loaded: no route"):
         load_imagenet_weights(model)
 
 

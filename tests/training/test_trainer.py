@@ -216,3 +216,55 @@ def test_depthwise_convolutions_are_left_alone_without_bfloat16(dataset, tmp_pat
     model = BiRefNetForImageSegmentation(BiRefNetConfig(**{**TINY_CONFIG, "backbone": "tf_efficientnet_lite0"}))
     trainer = make_trainer(dataset, tmp_path, model)
     assert not any("forward" in vars(module) for module in trainer.model.modules())
+
+
+# Fine-tuning leaves normalization statistics alone
+
+NETWORKS = {
+    "plain": {},
+    "efficientnet": {"backbone": "test_efficientnet"},
+    "convnext": {"backbone": "test_convnext"},
+    "residual": {"decoder_block": "residual", "squeeze_block": "residual"},
+    "aspp": {"decoder_attention": "aspp", "squeeze_block": "aspp"},
+    "deformable": {"decoder_attention": "aspp_deformable", "squeeze_block": "aspp_deformable"},
+    "context": {"context_levels": 3, "squeeze_block": "basic"},
+    "half size added": {"multi_scale_input": "add"},
+    "half size concatenated": {"multi_scale_input": "concat", "context_levels": 3, "squeeze_block": "basic"},
+    "references": {"source_reference": "patches", "gradient_reference": True},
+    "frozen backbone": {"freeze_backbone": True},
+}
+SIZES_AND_BATCHES = [("plain", side, batch) for side in (32, 64, 128) for batch in (1, 2, 4)]
+SIZES_AND_BATCHES += [(name, 128 if row % 2 else 32, 4) for row, name in enumerate(NETWORKS) if name != "plain"]
+
+
+@pytest.mark.parametrize(("name", "side", "batch"), SIZES_AND_BATCHES)
+def test_updates_of_rate_zero_change_no_measure(dataset, tmp_path, name, side, batch):
+    """20 updates under augmentation, at half, native and double resolution. Measured at the native one (64)."""
+    torch.manual_seed(0)
+    model = BiRefNetForImageSegmentation(BiRefNetConfig(**{**TINY_CONFIG, **NETWORKS[name]}))
+    arguments = {"max_steps": 20, "per_device_train_batch_size": batch, "learning_rate": 1e-8, "logging_steps": 100}
+    trainer = make_trainer(dataset, tmp_path, model, {"batch_statistics": False}, **arguments)
+    before, statistics = trainer.evaluate(), {k: v.clone() for k, v in model.named_buffers()}
+    trainer.size = (side, side)
+    trainer.train()
+    trainer.size = SIZE
+    after = trainer.evaluate()
+    assert after["eval_mae"] == pytest.approx(before["eval_mae"], abs=5e-5)
+    assert after["eval_iou"] == pytest.approx(before["eval_iou"], abs=2e-3)
+    assert all(torch.equal(value, statistics[key]) for key, value in model.named_buffers())
+
+
+def test_batch_statistics_move_the_measure_without_any_learning(dataset, tmp_path):
+    """What the test above guards against: the published recipe, at a learning rate of 0."""
+    trainer = make_trainer(dataset, tmp_path, max_steps=20, learning_rate=0.0)
+    before = trainer.evaluate()["eval_mae"]
+    trainer.train()
+    assert abs(trainer.evaluate()["eval_mae"] - before) > 1e-3
+
+
+def test_statistics_of_a_frozen_backbone_stay(dataset, tmp_path):
+    model = BiRefNetForImageSegmentation(BiRefNetConfig(**TINY_CONFIG, freeze_backbone=True))
+    before = {key: value.clone() for key, value in model.named_buffers()}
+    make_trainer(dataset, tmp_path, model).train()
+    changed = {key for key, value in model.named_buffers() if not torch.equal(value, before[key])}
+    assert changed and not any(key.startswith("bb.") for key in changed)

@@ -224,6 +224,30 @@ def test_folder_is_never_worse_than_the_start(photos, uninterrupted, tmp_path):
     assert all(torch.equal(saved[key], before[key]) for key in before)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["--lora-rank", 2],
+        ["--gradient-checkpointing"],
+        ["--bf16"],
+        ["--freeze-backbone", "true"],
+        ["--batch-size", 1],
+        ["--resolution", 32],
+        ["--resolution", 128],
+    ],
+    ids=lambda more: " ".join(map(str, more)) or "defaults",
+)
+def test_fine_tuning_never_collapses(photos, uninterrupted, tmp_path, more):
+    """No epoch is much worse than the trained model that it starts from. Batch statistics doubled the error."""
+    if "--lora-rank" in more:
+        pytest.importorskip("peft")
+    result = training.train(options(photos, tmp_path, "--model", uninterrupted, "--epochs", 4, *more, new=False))
+    errors = history(tmp_path, "eval_mae")
+    assert len(errors) == 5 and max(errors.values()) < 1.1 * errors[0]
+    assert result["mae"] <= result["mae_before"]
+
+
 def test_settings_that_shape_nothing_go_with_fine_tuning(photos, tiny_model_folder, tmp_path):
     more = ["--model", tiny_model_folder, "--task", "matting", "--freeze-backbone", "true", "--max-steps", 2]
     model, processor = training.build_model(options(photos, tmp_path, *more, new=False))

@@ -234,7 +234,7 @@ NETWORKS = {
     "frozen backbone": {"freeze_backbone": True},
 }
 SIZES_AND_BATCHES = [("plain", side, batch) for side in (32, 64, 128) for batch in (1, 2, 4)]
-SIZES_AND_BATCHES += [(name, 128 if row % 2 else 32, 4) for row, name in enumerate(NETWORKS) if name != "plain"]
+SIZES_AND_BATCHES += [(name, 64 if row % 2 else 32, 4) for row, name in enumerate(NETWORKS) if name != "plain"]
 
 
 @pytest.mark.parametrize(("name", "side", "batch"), SIZES_AND_BATCHES)

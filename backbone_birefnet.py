@@ -9,21 +9,27 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_birefnet import DINO_V3_BACKBONES, SWIN_BACKBONES
-from .layers_birefnet import attention, concatenate, layer_for_tiles, tiles
+from .hardware_birefnet import (
+    attend_with_batched_products,
+    concatenate_tiles,
+    infers_in_bfloat16,
+    prepack_layer,
+    row_tiles,
+)
 
 
 def create_backbone(config):
     """
-    Builds the encoder that `config.backbone` names.
+    Build the encoder that `config.backbone` names.
 
     Returns:
-        (`nn.Module`, `tuple[int]`, `bool`): the module, which maps (B, 3, H, W) to four feature maps from the
-        shallowest to the deepest; their channels in the same order; and whether they all have one stride, so that a
-        pyramid neck has to follow.
+        (`nn.Module`, `tuple[int]`, `bool`): The module, which maps (B, 3, H, W) to four feature maps, shallowest
+        first. The channels of these maps, in the same order. Whether all four maps have the same stride, so that the
+        decoder needs a pyramid neck.
 
     Raises:
-        ValueError: if timm has no such model, it has no `features_only`, or its strides fit no decoder.
-        ImportError: if the backbone needs timm and it is not installed.
+        ValueError: timm has no such model, the model has no `features_only`, or the decoder cannot use its strides.
+        ImportError: The backbone needs timm and timm is not installed.
     """
     if config.backbone in SWIN_BACKBONES:
         backbone = SwinTransformer(config)
@@ -55,12 +61,12 @@ def _create_timm_backbone(config):
     if strides != (4, 8, 16, 32) and len(set(strides)) != 1:
         raise ValueError(
             f"backbone={config.backbone!r} has feature maps at strides {strides}; BiRefNet needs 4, 8, 16, 32, or "
-            "one stride for all."
+            "the same stride for all four."
         )
     for tensor in [*backbone.parameters(), *backbone.buffers()]:
-        if not tensor.is_meta:  # timm has initialised it as its authors do: leave it
+        if not tensor.is_meta:  # timm has already initialised it as the backbone's authors do
             tensor._is_hf_initialized = True
-    # Channels-last networks (Swin, ConvNeXt-like hybrids) of timm announce it; the decoder wants (B, C, H, W).
+    # Some timm networks (Swin, hybrids) return (B, H, W, C) and declare it; the decoder takes (B, C, H, W).
     if getattr(backbone, "output_fmt", None) is not None and "NHWC" in str(backbone.output_fmt):
         backbone.register_forward_hook(_channels_first)
     return backbone, tuple(backbone.feature_info.channels()), len(set(strides)) == 1
@@ -71,7 +77,7 @@ def _channels_first(module, inputs, features):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training, drops the residual branch of a sample with probability `rate`."""
+    """Stochastic depth. In training, drops the residual branch of a sample with probability `rate`."""
 
     def __init__(self, rate: float):
         super().__init__()
@@ -80,7 +86,7 @@ class DropPath(nn.Module):
     def forward(self, branch: torch.Tensor, batch: int) -> torch.Tensor:
         """
         Args:
-            branch: (B·n, C), the rows of each sample after those of the one before.
+            branch: (B·n, C), sample after sample.
             batch: B.
         """
         if self.rate == 0.0 or not self.training:
@@ -91,7 +97,7 @@ class DropPath(nn.Module):
 
 
 def relative_position_index(window_size: int) -> torch.Tensor:
-    """(w², w²) int64: row of the relative position bias table for each (query, key) of a w×w window."""
+    """Row of the relative position bias table for each (query, key) pair of a w×w window: (w², w²) int64."""
     positions = torch.arange(window_size)
     rows, columns = torch.meshgrid(positions, positions, indexing="ij")
     rows, columns = rows.flatten(), columns.flatten()
@@ -100,79 +106,79 @@ def relative_position_index(window_size: int) -> torch.Tensor:
     return row_distance * (2 * window_size - 1) + column_distance
 
 
-class WindowOrder(NamedTuple):
+class WindowPartition(NamedTuple):
     """
-    Where the tokens of B maps of H×W stand when the maps are cut into windows of w², for indexing rows of tokens: each
-    token is moved once into its window and once back, whatever shift and padding there are.
+    Partition of B maps of H×W tokens into windows of w² tokens, as indices of tokens.
+
+    The indices include the shift and the padding of the maps. So each token is copied once into its window and once
+    back, instead of once for each of padding, rolling and partitioning.
     """
 
     batch: int
-    tokens: torch.Tensor  # (B·windows·w²,) the token of each place in the windows, any where `is_token` is 0
-    is_token: torch.Tensor | None  # (B·windows·w², 1) 1, or 0 in the padding; `None` without padding
-    places: torch.Tensor  # (B·H·W,) the place of each token
-    groups: list[tuple[int, torch.Tensor | None]]  # successive windows: their number, and the (w², w²) mask they share
+    to_windows: torch.Tensor  # (B·windows·w²,) index of the token at each window position; padding holds any token
+    is_token: torch.Tensor | None  # (B·windows·w², 1) 1 for a token, 0 for padding; `None` without padding
+    from_windows: torch.Tensor  # (B·H·W,) index of the window position of each token
+    groups: list[tuple[int, torch.Tensor | None]]  # consecutive windows: their number, and their (w², w²) mask
 
 
-def order_windows(shape: tuple[int, int, int], size: int, shift: int, like: torch.Tensor) -> WindowOrder:
+def partition_windows(shape: tuple[int, int, int], size: int, shift: int, like: torch.Tensor) -> WindowPartition:
     """
-    The windows of maps of `shape` (B, H, W), which are padded at the right and bottom to a multiple of `size` and
-    rolled by −`shift`. After rolling only the windows of the last column, the last row and the corner hold tokens from
-    opposite sides of the map, so three masks serve however many windows there are.
+    Partition maps into windows as Swin does: pad at the right and bottom to a multiple of `size`, roll by −`shift`.
+
+    After rolling, only the windows of the last column, of the last row and of the corner hold tokens from opposite
+    sides of the map. So three masks serve any number of windows.
 
     Args:
-        like: a tensor of the device and dtype of the tokens.
+        shape: (B, H, W) of the maps.
+        size: Side of a window, w.
+        shift: Number of tokens to roll by, along both axes.
+        like: Tensor of the tokens' device and dtype.
     """
     batch, height, width = shape
     padded_height, padded_width = height + -height % size, width + -width % size
     rows, columns = padded_height // size, padded_width // size
-    # Every number below is a place of the padded maps, or of the windows, counted from 0.
+    # Indices of the padded maps' tokens, first in the order of the maps, then in the order of the windows.
     padded = torch.arange(batch * padded_height * padded_width, device=like.device)
     rolled = padded.view(batch, padded_height, padded_width).roll((-shift, -shift), dims=(1, 2))
     windows = rolled.view(batch, rows, size, columns, size).transpose(2, 3)  # (B, rows, columns, w, w)
-    seams = [(slice(None), slice(None))]
-    if shift:
-        seams = [
-            (vertical, horizontal)
-            for vertical in (slice(-1), slice(-1, None))
-            for horizontal in (slice(-1), slice(-1, None))
-        ]
-    regions = [windows[:, vertical, horizontal].reshape(-1, size * size) for vertical, horizontal in seams]
-    order = torch.cat(regions).flatten()
-    places = torch.empty_like(order).scatter_(0, order, padded).view(batch, padded_height, padded_width)
+    regions = [(slice(None), slice(None))]
+    if shift:  # inside, last column, last row, corner
+        inside_and_last = (slice(-1), slice(-1, None))
+        regions = [(vertical, horizontal) for vertical in inside_and_last for horizontal in inside_and_last]
+    groups = [windows[:, vertical, horizontal].reshape(-1, size * size) for vertical, horizontal in regions]
+    order = torch.cat(groups).flatten()
+    from_windows = torch.empty_like(order).scatter_(0, order, padded).view(batch, padded_height, padded_width)
 
     image, row, column = (
         order // (padded_height * padded_width),
         order // padded_width % padded_height,
         order % padded_width,
     )
-    tokens = (image * height + row.clamp(max=height - 1)) * width + column.clamp(max=width - 1)
+    to_windows = (image * height + row.clamp(max=height - 1)) * width + column.clamp(max=width - 1)
     is_token = None
     if (padded_height, padded_width) != (height, width):
         is_token = ((row < height) & (column < width)).to(like.dtype).unsqueeze(-1)
-    groups = list(zip([region.shape[0] for region in regions], seam_masks(size, shift, like), strict=True))
-    return WindowOrder(batch, tokens, is_token, places[:, :height, :width].flatten(), groups)
+    masks = shifted_window_masks(size, shift, like)
+    groups = [(group.shape[0], mask) for group, mask in zip(groups, masks, strict=True)]
+    return WindowPartition(batch, to_windows, is_token, from_windows[:, :height, :width].flatten(), groups)
 
 
-def seam_masks(size: int, shift: int, like: torch.Tensor) -> list[torch.Tensor | None]:
+def shifted_window_masks(size: int, shift: int, like: torch.Tensor) -> list[torch.Tensor | None]:
     """
-    For the windows inside, of the last column, of the last row and of the corner `None` or a (w², w²) mask: −inf
-    between tokens that are no neighbours in the picture.
+    Attention masks (w², w²) of the windows inside, of the last column, of the last row and of the corner.
+
+    A mask is −inf between tokens that are no neighbours in the image. The windows inside have no mask (`None`).
     """
     if not shift:
         return [None]
-    from_other_side = torch.arange(size, device=like.device) >= size - shift
-    rows = from_other_side.repeat_interleave(size)  # of each of the w² tokens
-    columns = from_other_side.repeat(size)
+    is_wrapped = torch.arange(size, device=like.device) >= size - shift  # rolled in from the other side of the map
+    rows = is_wrapped.repeat_interleave(size)  # of each of the w² tokens
+    columns = is_wrapped.repeat(size)
     rows_differ = rows[:, None] != rows[None, :]
     columns_differ = columns[:, None] != columns[None, :]
     zeros = like.new_zeros(size * size, size * size)
-    return [
-        None,
-        *(
-            zeros.masked_fill(seam, float("-inf"))
-            for seam in (columns_differ, rows_differ, rows_differ | columns_differ)
-        ),
-    ]
+    separated = (columns_differ, rows_differ, rows_differ | columns_differ)
+    return [None, *(zeros.masked_fill(pairs, float("-inf")) for pairs in separated)]
 
 
 class WindowAttention(nn.Module):
@@ -180,11 +186,11 @@ class WindowAttention(nn.Module):
 
     def __init__(self, config, dimension: int, num_heads: int, window_size: int):
         super().__init__()
-        self.config = config  # its attention implementation may be changed after construction
+        self.config = config  # users may change its attention implementation after construction
         self.num_heads = num_heads
         self.window_size = window_size
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window_size - 1) ** 2, num_heads))
-        # Part of the official files, so it is persistent; `_init_weights` refills it where a file lacks it.
+        # The official files contain it, so it is persistent. `_init_weights` fills it where a file lacks it.
         self.register_buffer("relative_position_index", relative_position_index(window_size))
         self.qkv = nn.Linear(dimension, 3 * dimension)
         self.proj = nn.Linear(dimension, dimension)
@@ -195,28 +201,29 @@ class WindowAttention(nn.Module):
         tokens = self.window_size**2
         return bias.view(tokens, tokens, self.num_heads).permute(2, 0, 1).unsqueeze(0)
 
-    def forward(self, hidden_states: torch.Tensor, order: WindowOrder) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, partition: WindowPartition) -> torch.Tensor:
         """
         Args:
             hidden_states: (B·H·W, C).
 
         Returns:
-            What each place of the windows attended to, (B·windows·w², C), before `proj`.
+            The attention's output at each window position, (B·windows·w², C), without `proj`.
         """
-        return concatenate(self.attend_tile_by_tile(hidden_states, order), order.tokens.shape[0])
+        positions = partition.to_windows.shape[0]  # not `len`, which would fix a symbolic batch
+        return concatenate_tiles(self.attend_tile_by_tile(hidden_states, partition), positions)
 
-    def attend_tile_by_tile(self, hidden_states: torch.Tensor, order: WindowOrder) -> Iterator[torch.Tensor]:
-        bias, embed = self.relative_position_bias(), layer_for_tiles(self.qkv)
-        places, channels = self.window_size**2, hidden_states.shape[-1]
+    def attend_tile_by_tile(self, hidden_states: torch.Tensor, partition: WindowPartition) -> Iterator[torch.Tensor]:
+        bias, embed = self.relative_position_bias(), prepack_layer(self.qkv)
+        tokens, channels = self.window_size**2, hidden_states.shape[-1]
         start = 0
-        for number, mask in order.groups:
+        for number, mask in partition.groups:
             group_bias = bias if mask is None else bias + mask
-            for part in tiles(number, 3 * places * channels, hidden_states):
-                rows = slice((start + part.start) * places, (start + part.stop) * places)
-                windows = hidden_states.index_select(0, order.tokens[rows])
-                if order.is_token is not None:
-                    windows = windows * order.is_token[rows]
-                yield self.attend(embed(windows).view(-1, places, 3 * channels), group_bias)
+            for tile in row_tiles(number, 3 * tokens * channels, hidden_states):
+                positions = slice((start + tile.start) * tokens, (start + tile.stop) * tokens)
+                windows = hidden_states.index_select(0, partition.to_windows[positions])
+                if partition.is_token is not None:
+                    windows = windows * partition.is_token[positions]
+                yield self.attend(embed(windows).view(-1, tokens, 3 * channels), group_bias)
             start += number
 
     def attend(self, qkv: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:  # (n, w², 3C) → (n·w², C)
@@ -226,8 +233,10 @@ class WindowAttention(nn.Module):
         if self.config._attn_implementation == "eager":
             scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5 + bias
             attended = scores.softmax(dim=-1) @ value
+        elif infers_in_bfloat16(query):  # PyTorch's operator is slower for small windows there
+            attended = attend_with_batched_products(query, key, value, bias)
         else:
-            attended = attention(query, key, value, bias)
+            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         return attended.transpose(1, 2).reshape(number * tokens, channels)
 
 
@@ -237,16 +246,17 @@ class SwinMLP(nn.Module):
         self.fc1 = nn.Linear(dimension, hidden_dimension)
         self.fc2 = nn.Linear(hidden_dimension, dimension)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.for_tiles()(hidden_states)
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (..., C) → (..., C)
+        return self.prepacked()(hidden_states)
 
-    def for_tiles(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        fc1, fc2 = layer_for_tiles(self.fc1), layer_for_tiles(self.fc2)
+    def prepacked(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The MLP as a function to be called for tile after tile."""
+        fc1, fc2 = prepack_layer(self.fc1), prepack_layer(self.fc2)
         return lambda hidden_states: fc2(F.gelu(fc1(hidden_states)))
 
 
 class SwinBlock(GradientCheckpointingLayer):
-    """Attention inside windows, which are shifted by half a window in every second block, then an MLP."""
+    """Attention inside windows, then an MLP. Every second block shifts its windows by half a window."""
 
     def __init__(self, config, dimension: int, num_heads: int, window_size: int, shift: int, drop_path_rate: float):
         super().__init__()
@@ -257,22 +267,24 @@ class SwinBlock(GradientCheckpointingLayer):
         self.norm2 = nn.LayerNorm(dimension)
         self.mlp = SwinMLP(dimension, 4 * dimension)
 
-    def forward(self, hidden_states: torch.Tensor, order: WindowOrder) -> torch.Tensor:  # (B·H·W, C)
-        attended = self.attn(self.norm1(hidden_states), order)
+    def forward(self, hidden_states: torch.Tensor, partition: WindowPartition) -> torch.Tensor:  # (B·H·W, C)
+        attended = self.attn(self.norm1(hidden_states), partition)
+        project, mlp = prepack_layer(self.attn.proj), self.mlp.prepacked()
+
+        def finish(tokens: slice) -> torch.Tensor:
+            branch = project(attended.index_select(0, partition.from_windows[tokens]))
+            mixed = hidden_states[tokens] + self.drop_path(branch, partition.batch)
+            return mixed + self.drop_path(mlp(self.norm2(mixed)), partition.batch)
+
+        # Tokens do not interact after the attention, so tiles of them may be finished one by one. In training,
+        # stochastic depth needs whole samples.
         number, channels = hidden_states.shape
-        parts = [slice(0, number)] if self.training else tiles(number, 4 * channels, hidden_states)
-        project, mlp = layer_for_tiles(self.attn.proj), self.mlp.for_tiles()
-
-        def mix(part: slice) -> torch.Tensor:  # what follows the attention goes token by token
-            branch = project(attended.index_select(0, order.places[part]))
-            mixed = hidden_states[part] + self.drop_path(branch, order.batch)
-            return mixed + self.drop_path(mlp(self.norm2(mixed)), order.batch)
-
-        return concatenate(map(mix, parts), number)
+        tiles = [slice(0, number)] if self.training else row_tiles(number, 4 * channels, hidden_states)
+        return concatenate_tiles(map(finish, tiles), number)
 
 
 class PatchMerging(nn.Module):
-    """Halves the map: the four pixels of each 2×2 square become one of twice the channels."""
+    """Downsampling by 2: the four tokens of each 2×2 square become one token of twice the channels."""
 
     def __init__(self, dimension: int):
         super().__init__()
@@ -303,10 +315,10 @@ class SwinStage(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, H, W, C)
         shape = hidden_states.shape
         shifts = {block.shift for block in self.blocks}
-        orders = {shift: order_windows(shape[:3], self.window_size, shift, hidden_states) for shift in shifts}
+        partitions = {shift: partition_windows(shape[:3], self.window_size, shift, hidden_states) for shift in shifts}
         hidden_states = hidden_states.reshape(-1, shape[-1])
         for block in self.blocks:
-            hidden_states = block(hidden_states, orders[block.shift])
+            hidden_states = block(hidden_states, partitions[block.shift])
         return hidden_states.view(shape)
 
 
@@ -325,9 +337,9 @@ class SwinPatchEmbedding(nn.Module):
 
 class SwinTransformer(nn.Module):
     """
-    Swin Transformer v1 (Liu et al., https://arxiv.org/abs/2103.14030) with a norm on each stage's output.
+    Swin Transformer v1 (Liu et al., https://arxiv.org/abs/2103.14030) with a LayerNorm on each stage's output.
 
-    Returns four maps (B, C·2^i, H/4·2^-i, W/4·2^-i), i = 0…3, in channels-last memory.
+    Maps (B, 3, H, W) to four feature maps (B, C·2^i, H/4·2^-i, W/4·2^-i), i = 0…3, in channels-last memory.
     """
 
     def __init__(self, config):

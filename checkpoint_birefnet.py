@@ -1,4 +1,4 @@
-"""Checkpoints that others wrote: prefixes, half-precision buffers, the configuration that their tensors tell."""
+"""Checkpoints from elsewhere: reading files, cleaning state dicts, inferring the configuration from the tensors."""
 
 import json
 from collections.abc import Mapping
@@ -12,10 +12,10 @@ from .backbone_birefnet import relative_position_index
 from .configuration_birefnet import SWIN_BACKBONES, BiRefNetConfig
 
 
-PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+PREFIXES = ("module.", "_orig_mod.")  # added by DistributedDataParallel and torch.compile
 CONTAINERS = ("state_dict", "model_state_dict", "model")
 
-# Embedding dimension and whether the MLP is gated, of each DINOv3 backbone.
+# (embedding dimension, whether the MLP is gated) of each DINOv3 backbone.
 DINO_V3_SHAPES = {
     (384, False): "dino_v3_s",
     (384, True): "dino_v3_s_plus",
@@ -28,11 +28,11 @@ DINO_V3_SHAPES = {
 
 def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     """
-    The state dict in a `.safetensors` file, or in a file of `torch.save`, which is read with `weights_only=True`.
+    Read the state dict in a `.safetensors` file, or in a file of `torch.save` (with `weights_only=True`).
 
     Raises:
-        ValueError: if it is neither, is damaged, or holds anything but tensors.
-        FileNotFoundError: if there is no such file.
+        ValueError: The file is neither, is damaged, or contains anything but tensors.
+        FileNotFoundError: There is no such file.
     """
     path = Path(path)
     if not path.is_file():
@@ -41,12 +41,14 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
         return _read_safetensors(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises several kinds, none of which names the file
-        raise ValueError(f"{path} is no checkpoint of tensors alone that torch.load can read: {error}") from error
+    except Exception as error:  # torch raises several kinds of error, and none names the file
+        raise ValueError(f"{path} is not a checkpoint of tensors that torch.load can read: {error}") from error
     while isinstance(checkpoint, Mapping) and any(isinstance(checkpoint.get(name), Mapping) for name in CONTAINERS):
         checkpoint = next(checkpoint[name] for name in CONTAINERS if isinstance(checkpoint.get(name), Mapping))
     if not isinstance(checkpoint, Mapping) or not all(torch.is_tensor(value) for value in checkpoint.values()):
-        raise ValueError(f"{path} holds a {type(checkpoint).__name__} that is no state dict: names and tensors alone.")
+        raise ValueError(
+            f"{path} is no state dict: it contains a {type(checkpoint).__name__}; allowed are names and tensors."
+        )
     return dict(checkpoint)
 
 
@@ -57,13 +59,12 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is no whole .safetensors file: {error}") from error
+        raise ValueError(f"{path} is not a complete .safetensors file: {error}") from error
 
 
 def clean_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
-    The state dict without the prefixes that wrappers left (also several), its index buffers as integers, and with
-    those that it lacks.
+    Remove the prefixes of wrappers (also several), convert index buffers to integers, and add missing ones.
     """
     cleaned = dict(state_dict)
     while cleaned and (prefix := next((p for p in PREFIXES if all(key.startswith(p) for key in cleaned)), None)):
@@ -71,7 +72,7 @@ def clean_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.
     for key in list(cleaned):
         owner, _, leaf = key.rpartition(".")
         if leaf in ("relative_position_index", "num_batches_tracked"):
-            # Indices are at most 528, exact in half precision too; a counter beyond its range has become infinite.
+            # Indices are at most 528, which float16 represents exactly. A counter out of its range is infinite there.
             cleaned[key] = cleaned[key].double().nan_to_num(posinf=65504).long()
         elif leaf == "running_mean":
             cleaned.setdefault(f"{owner}.num_batches_tracked", torch.zeros((), dtype=torch.int64))
@@ -84,24 +85,24 @@ def clean_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.
 def check_layout(state_dict: Mapping[str, torch.Tensor]):
     """
     Raises:
-        ValueError: if a cleaned state dict is of no BiRefNet, or of the layout of before 2 May 2024.
+        ValueError: The cleaned state dict is not of a BiRefNet, or has the layout from before 2 May 2024.
     """
     if not any(key.startswith("decoder.") for key in state_dict) or not any(
         key.startswith("bb.") for key in state_dict
     ):
         found = ", ".join(list(state_dict)[:3]) or "none"
         raise ValueError(
-            f"These are not the weights of a BiRefNet: no 'bb.' and 'decoder.' among the names ({found}…)."
+            f"These are not the weights of a BiRefNet: no names start with 'bb.' and 'decoder.' ({found}…)."
         )
     if "decoder.ipt_blk4.conv1.weight" in state_dict and "decoder.ipt_blk5.conv1.weight" not in state_dict:
         raise ValueError(
             "These weights have the old layout of BiRefNet (before 2 May 2024: no decoder.ipt_blk5.conv1.weight), "
-            "which is another network. `birefnet convert` brings them into today's layout with the same result."
+            "which is another network. `birefnet convert` converts them to the present layout with the same result."
         )
 
 
 def backbone_of(state_dict: Mapping[str, torch.Tensor]) -> str | None:
-    """The official backbone that a cleaned state dict holds, or `None` for one that its tensors do not tell."""
+    """Name of the official backbone in a cleaned state dict, or `None` if it has no official backbone."""
     swin = state_dict.get("bb.patch_embed.proj.weight")
     if swin is not None and "bb.layers.0.blocks.0.attn.relative_position_bias_table" in state_dict:
         depth = len({key.split(".")[4] for key in state_dict if key.startswith("bb.layers.2.blocks.")})
@@ -117,34 +118,35 @@ def backbone_of(state_dict: Mapping[str, torch.Tensor]) -> str | None:
 def check_backbone(config: BiRefNetConfig, state_dict: Mapping[str, torch.Tensor]):
     """
     Raises:
-        ValueError: if a cleaned state dict holds another official backbone than the configuration's.
+        ValueError: The cleaned state dict has another official backbone than the configuration.
     """
     found = backbone_of(state_dict)
     if found is not None and found != config.backbone:
         raise ValueError(
-            f"These weights have the backbone {found!r}, the model has {config.backbone!r}: build it with "
-            f"BiRefNetConfig(backbone={found!r}), or load the file with from_pretrained, which finds out itself."
+            f"These weights have the backbone {found!r}, the model has {config.backbone!r}. Build the model with "
+            f"BiRefNetConfig(backbone={found!r}), or load the file with from_pretrained, which detects the backbone."
         )
 
 
 def config_from_state_dict(state_dict: Mapping[str, torch.Tensor], **fields: Any) -> BiRefNetConfig:
     """
-    The configuration that the names and shapes of a cleaned state dict tell.
+    Infer the configuration from the names and shapes of a cleaned state dict.
 
     Args:
-        state_dict: of an official backbone.
-        fields: of the configuration, instead of what the tensors tell, and for what they do not tell (the task).
+        state_dict: State dict with an official backbone.
+        fields: Fields of the configuration. They override the inferred ones, and add those that tensors do not
+            determine (the task).
 
     Raises:
-        ValueError: if the tensors leave the backbone or the multi-scale input open and `fields` does not name it.
+        ValueError: The tensors do not determine the backbone or the multi-scale input, and `fields` does not name it.
     """
     check_layout(state_dict)
     backbone = fields.get("backbone") or backbone_of(state_dict)
     if backbone is None:
-        raise ValueError("The backbone cannot be told from these weights: pass the model's config.")
+        raise ValueError("The backbone cannot be inferred from these weights: pass the model's config.")
     if "multi_scale_input" not in fields:
         fields["multi_scale_input"] = _multi_scale_input(state_dict, backbone)
-    told = {
+    inferred = {
         "backbone": backbone,
         "context_levels": _context_levels(state_dict),
         "squeeze_block": _block_kind(state_dict, "squeeze_module.0."),
@@ -156,7 +158,7 @@ def config_from_state_dict(state_dict: Mapping[str, torch.Tensor], **fields: Any
         "multi_scale_supervision": "decoder.conv_ms_spvn_4.weight" in state_dict,
         "freeze_backbone": backbone.startswith("dino_v3_"),
     }
-    return BiRefNetConfig(**{**told, **fields})
+    return BiRefNetConfig(**{**inferred, **fields})
 
 
 def _multi_scale_input(state_dict, backbone) -> str | None:
@@ -167,7 +169,7 @@ def _multi_scale_input(state_dict, backbone) -> str | None:
     else:
         single = found = None
     if found is None or found == single:
-        raise ValueError("multi_scale_input cannot be told from these weights: pass the model's config.")
+        raise ValueError("multi_scale_input cannot be inferred from these weights: pass the model's config.")
     return "concat"
 
 
@@ -196,7 +198,7 @@ def _source_reference(state_dict) -> str | None:
 
 
 def _context_levels(state_dict) -> int:
-    """A squeeze block is wider at its input than the deepest map, which it leads to, where it takes the context."""
+    """3 if the squeeze block has more input than output channels: its input then includes the context."""
     first, last = "squeeze_module.0.conv_in.weight", "squeeze_module.0.conv_out.weight"
     if first not in state_dict:
         first, last = "squeeze_module.0.global_avg_pool.1.weight", "squeeze_module.0.conv1.weight"
@@ -205,8 +207,11 @@ def _context_levels(state_dict) -> int:
 
 def locate_foreign_checkpoint(name_or_path: str | Path, **hub_options) -> str | None:
     """
-    The file of weights that `name_or_path` is or, if it is a folder or a Hub repository whose `config.json` is not of
-    this model (as those of the official repositories), holds. `None` if transformers' own loading serves.
+    Find the file of weights that transformers itself cannot load.
+
+    Returns:
+        `name_or_path` if it is a file. The weights file of a folder or Hub repository whose `config.json` does not
+        describe this model, as in the official repositories. `None` if transformers can load it.
     """
     path = Path(name_or_path)
     if path.is_file():

@@ -36,7 +36,7 @@ ALLOWED_VALUES = {
 
 LOSS_TERMS = ("bce", "iou", "ssim", "mae")
 
-# Several Auto classes lead to one class: AutoModelForImageSegmentation may go away, the others will stay.
+# Several Auto classes map to one class, because transformers may remove AutoModelForImageSegmentation.
 AUTO_MAP = {
     "AutoConfig": "configuration_birefnet.BiRefNetConfig",
     "AutoModel": "modeling_birefnet.BiRefNetForImageSegmentation",
@@ -56,8 +56,10 @@ CUSTOM_PIPELINES = {
 
 class BiRefNetConfig(PreTrainedConfig):
     r"""
-    Configuration of a [`BiRefNetForImageSegmentation`]. The defaults are those of the general official checkpoint
-    (Swin-L, 220 M parameters); `backbone="swin_v1_t"` with the other defaults is the lite one (44 M).
+    Configuration of a [`BiRefNetForImageSegmentation`].
+
+    The defaults describe the official general checkpoint (Swin-L, 220 M parameters). With `backbone="swin_v1_t"` they
+    describe the official lite checkpoint (44 M parameters).
 
     Args:
         backbone (`str`, *optional*, defaults to `"swin_v1_l"`):
@@ -65,8 +67,8 @@ class BiRefNetConfig(PreTrainedConfig):
             `"dino_v3_s_plus"`, `"dino_v3_b"`, `"dino_v3_l"`, `"dino_v3_h_plus"`, `"dino_v3_7b"`; or the name of any
             timm model that offers `features_only`.
         multi_scale_input (`str`, *optional*, defaults to `"concat"`):
-            How the features of the half-size image join those of the full-size image: `"concat"`, `"add"`, or `None`
-            for a single scale.
+            How features of the half-size image are combined with those of the full-size image: `"concat"`, `"add"`,
+            or `None` for a single scale.
         context_levels (`int`, *optional*, defaults to 3):
             Number of shallower feature maps concatenated to the deepest one: 3 or 0.
         squeeze_block (`str`, *optional*, defaults to `"basic"`):
@@ -79,24 +81,25 @@ class BiRefNetConfig(PreTrainedConfig):
         decoder_channels (`int`, *optional*, defaults to 64):
             Channels inside a block; `None` stands for a quarter of the block's input channels.
         source_reference (`str`, *optional*, defaults to `"patches"`):
-            What every decoder stage sees of the input image: `"patches"` (cut into tiles laid side by side as
+            Form in which every decoder stage takes the input image: `"patches"` (cut into patches stacked as
             channels), `"image"` (resized), or `None`.
         gradient_reference (`bool`, *optional*, defaults to `True`):
-            Whether image gradients supervise and gate the decoder stages. Needs `multi_scale_supervision`.
+            Whether image gradients supervise and gate the decoder stages. Requires `multi_scale_supervision`.
         multi_scale_supervision (`bool`, *optional*, defaults to `True`):
-            Whether the three deeper decoder stages predict a mask of their own in training.
+            Whether the three deeper decoder stages predict a mask in training.
         drop_path_rate (`float`, *optional*, defaults to 0.2):
-            Stochastic depth of the last backbone block in [0, 1); it rises linearly from 0 over the blocks.
+            Stochastic depth rate of the last backbone block, in [0, 1). The rate rises linearly from 0 over the
+            blocks.
         freeze_backbone (`bool`, *optional*, defaults to `False`):
-            Whether the backbone is left out of training.
+            Whether the backbone's parameters are excluded from training.
         task (`str`, *optional*, defaults to `"general"`):
-            Chooses the loss weights: `"dis"` (also for COD and HRSOD), `"general"` or `"matting"`.
+            Task whose loss weights are used: `"dis"` (also for COD and HRSOD), `"general"` or `"matting"`.
         loss_weights (`dict[str, float]`, *optional*):
-            Overrides the task's weights of the loss terms `"bce"`, `"iou"`, `"ssim"`, `"mae"`; terms left out
-            weigh 0.
+            Weights of the loss terms `"bce"`, `"iou"`, `"ssim"`, `"mae"` in place of the task's. A missing term has
+            weight 0.
 
     Raises:
-        ValueError: if a field has an unknown value or two fields exclude each other.
+        ValueError: A field has an unknown value, or two fields exclude each other.
 
     Example:
 
@@ -126,18 +129,18 @@ class BiRefNetConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.id2label is None:
             self.id2label = {0: "background", 1: "foreground"}
-        self.label2id = {label: int(index) for index, label in self.id2label.items()}  # keys are text in JSON
-        # Never the entries of a repository that the configuration was read from: what is saved stands on its own.
+        self.label2id = {label: int(index) for index, label in self.id2label.items()}  # JSON keys are strings
+        # Not the entries of the repository that the configuration comes from: a saved folder refers to its own code.
         kwargs["auto_map"] = dict(AUTO_MAP)
         kwargs["custom_pipelines"] = {task: dict(entry) for task, entry in CUSTOM_PIPELINES.items()}
         super().__post_init__(**kwargs)
         self.validate_architecture()
 
     def validate_architecture(self):
-        """Raises `ValueError` naming the first field whose value is unknown or excluded by another field's."""
+        """Raise a `ValueError` that names the first field with an unknown value or a conflict with another field."""
         for field, allowed in ALLOWED_VALUES.items():
             value = getattr(self, field)
-            # `1 == True` and `3 == 3.0` in Python: the type counts as well.
+            # Compare types too, since `1 == True` and `3 == 3.0` in Python.
             if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in allowed):
                 raise ValueError(f"{field}={value!r} is not one of {', '.join(map(repr, allowed))}.")
         self._validate_backbone()
@@ -145,12 +148,12 @@ class BiRefNetConfig(PreTrainedConfig):
         if self.squeeze_block is None and self.context_levels != 0:
             raise ValueError(
                 f"squeeze_block=None needs context_levels=0, not context_levels={self.context_levels}: "
-                "only a squeeze block brings the concatenated context back to the deepest map's channels."
+                "a squeeze block has to reduce the concatenated context to the deepest map's channels."
             )
         if self.gradient_reference and not self.multi_scale_supervision:
             raise ValueError(
-                "gradient_reference=True needs multi_scale_supervision=True: the gradient targets are made from the "
-                "stages' own predictions. Turn both off, or neither."
+                "gradient_reference=True needs multi_scale_supervision=True: the gradient targets are computed from "
+                "the stages' own predictions. Set both to False, or neither."
             )
 
     def _validate_backbone(self):

@@ -1,4 +1,4 @@
-"""The reconstruction module of BiRefNet: decoder stages with a source reference and a gradient reference."""
+"""Reconstruction module of BiRefNet: decoder stages with a source reference and a gradient reference."""
 
 import torch
 import torch.nn.functional as F
@@ -6,11 +6,12 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .deformable_birefnet import ATTENTION_BLOCKS
-from .layers_birefnet import convolve, convolve_and_normalize, fold_batch_norm, image_laplacian, resize, tiles
+from .hardware_birefnet import add_in_tiles
+from .layers_birefnet import convolve, convolve_and_normalize, fold_batch_norm, image_laplacian, resize
 
 
 class DecoderBlock(nn.Module):
-    """3×3 convolution, norm, ReLU, pyramid pooling, 3×3 convolution, norm; optionally with a residual."""
+    """3×3 convolution, norm, ReLU, pyramid pooling, 3×3 convolution, norm. Optionally with a residual."""
 
     def __init__(self, config, in_channels: int, out_channels: int, kind: str | None = None):
         super().__init__()
@@ -29,12 +30,12 @@ class DecoderBlock(nn.Module):
     def forward(self, parts: torch.Tensor | list[torch.Tensor], head: torch.Tensor | None = None) -> torch.Tensor:
         """
         Args:
-            parts: (B, C, h, w), or a list of (B, C_i, h, w) that are the input's channels in turn. The list is emptied
-                as soon as the block needs them no more, so that what follows can have their memory.
-            head: (1, out channels, 1, 1), the weight of a following 1×1 convolution to apply as well.
+            parts: (B, C, h, w), or a list of (B, C_i, h, w) whose concatenation along the channels is the input. The
+                list is emptied after its last use, which frees the memory of the maps.
+            head: (1, out channels, 1, 1), weight of a 1×1 convolution that follows the block.
 
         Returns:
-            (B, out channels, h, w), or (B, 1, h, w) with a head.
+            (B, out channels, h, w). With a head (B, 1, h, w), the head's output.
         """
         parts = [parts] if isinstance(parts, torch.Tensor) else parts
         inner = F.relu(convolve_and_normalize(parts, self.conv_in, self.bn_in))
@@ -47,7 +48,7 @@ class DecoderBlock(nn.Module):
             if self.is_residual:
                 output = output + convolve(parts, self.conv_resi.weight, self.conv_resi.bias)
             return output if head is None else F.conv2d(output, head)
-        # All that follows is linear, so the head goes first: one channel instead of the block's many.
+        # The rest of the block is linear, so the head composes with it: one output channel instead of many.
         weight, bias = fold_batch_norm(self.conv_out.weight, self.conv_out.bias, self.bn_out)
         output = F.conv2d(inner, *apply_head(head, weight, bias), padding=1)
         if self.is_residual:
@@ -56,14 +57,24 @@ class DecoderBlock(nn.Module):
 
 
 def apply_head(head: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight (1, C, k, k) and bias (1,) of a convolution followed by the 1×1 convolution `head` without bias."""
+    """
+    Compose a convolution with the 1×1 convolution `head`, which follows it and has no bias.
+
+    Args:
+        head: (1, out, 1, 1).
+        weight: (out, C, k, k).
+        bias: (out,).
+
+    Returns:
+        Weight (1, C, k, k) and bias (1,) of the single convolution that does both.
+    """
     head = head.flatten(1).float()  # (1, out channels)
     combined = (head @ weight.flatten(1).float()).view(1, *weight.shape[1:])
     return combined.to(weight.dtype), (head @ bias.float()).to(weight.dtype)
 
 
 class SourceBlock(GradientCheckpointingLayer):
-    """Two 3×3 convolutions with nothing between them: what a decoder stage sees of the image."""
+    """Source reference of a decoder stage: two 3×3 convolutions of the image, without a nonlinearity."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -75,13 +86,18 @@ class SourceBlock(GradientCheckpointingLayer):
 
     def forward_with_head(self, image: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         """
-        The block followed by the 1×1 convolution `head` (1, out channels, 1, 1) without bias: (B, 3, H, W) →
-        (B, 1, H, W). Both convolutions and the head make one 5×5 convolution, 60 times less arithmetic at full size
-        and no map of 64 channels. Only the outermost pixels differ, where the zeros around the inner map count.
+        The block followed by the 1×1 convolution `head` without bias: (B, 3, H, W) → (B, 1, H, W).
+
+        The two convolutions and the head compose into one 5×5 convolution. This saves a map of 64 channels at full
+        size and 60 times the arithmetic. The outermost pixels differ, because the 5×5 convolution does not know the
+        zero padding of the inner map. They are computed by the two convolutions.
+
+        Args:
+            head: (1, out channels, 1, 1).
         """
         second, second_bias = apply_head(head, self.conv_out.weight, self.conv_out.bias)
         second, first, first_bias = second.float(), self.conv1.weight.float(), self.conv1.bias.float()
-        both = F.conv_transpose2d(second, first)  # (1, 3, 5, 5): the correlation of the two kernels
+        both = F.conv_transpose2d(second, first)  # (1, 3, 5, 5), correlation of the two kernels
         both_bias = second_bias + (second.sum(dim=(2, 3)) @ first_bias).to(second_bias.dtype)
         inner = F.conv2d(image, both.to(image.dtype), both_bias.to(image.dtype), padding=1)
 
@@ -104,38 +120,36 @@ class NeckBlock(GradientCheckpointingLayer):
 
 
 class LateralBlock(NeckBlock):
-    """Joins a map of the encoder to the decoder's deeper one: up(deeper) + conv(up(half) beside or added to full)."""
+    """Lateral connection: the resized deeper map of the decoder plus a 1×1 convolution of the encoder's map."""
 
     def forward(self, deeper: torch.Tensor, full: torch.Tensor, half: torch.Tensor | None = None) -> torch.Tensor:
         """
-        The convolution is 1×1 and resizing linear with weights that sum to one. So what comes of the image at half its
-        size is convolved at its own size, which is `deeper`'s, and both are resized at once, the bias with them.
+        The convolution is 1×1, and resizing is linear with weights that sum to one, so both may change places. The map
+        of the half-size image has the size of `deeper`: its convolution runs at that size, and one resizing serves
+        both.
 
         Args:
             deeper: (B, C, h/2, w/2).
-            full, half: the encoder's map (B, C or C/2, h, w) of the image, and that (…, h/2, w/2) of half its size.
+            full: (B, C or C/2, h, w), the encoder's map of the image.
+            half: (B, C or C/2, h/2, w/2), the encoder's map of the half-size image.
 
         Returns:
             (B, C, h, w)
         """
         weight, bias = self.conv.weight, self.conv.bias.view(1, -1, 1, 1)
         if half is not None:
-            are_added = weight.shape[1] == full.shape[1]
-            weight, half_weight = (weight, weight) if are_added else weight.split(full.shape[1], dim=1)
+            scales_are_added = weight.shape[1] == full.shape[1]
+            weight, half_weight = (weight, weight) if scales_are_added else weight.split(full.shape[1], dim=1)
             deeper = deeper + F.conv2d(half, half_weight)
         output = resize(deeper + bias, full.shape[-2:])
-        if torch.is_grad_enabled():
-            return output + F.conv2d(full, weight)
-        batch, channels, height, width = output.shape
-        for rows in tiles(height, batch * channels * width, output):
-            output[:, :, rows] += F.conv2d(full[:, :, rows], weight)
-        return output
+        return add_in_tiles(output, lambda rows: F.conv2d(full[:, :, rows], weight))
 
 
 def image_to_patches(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """
-    (B, 3, H, W) → (B, 3·(H/h)·(W/w), h, w): the image cut into tiles of `size` (h, w) laid side by side as channels,
-    in the order channel, tile row, tile column. In channels-last memory.
+    Cut the image into patches of `size` (h, w), stacked as channels: (B, 3, H, W) → (B, 3·(H/h)·(W/w), h, w).
+
+    The order of the channels is (channel, patch row, patch column). The result has channels-last memory.
     """
     batch, channels, height, width = image.shape
     h, w = size
@@ -146,13 +160,14 @@ def image_to_patches(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor
 
 class BiRefNetDecoder(nn.Module):
     """
-    Four stages from stride 32 to stride 4, then the full-size logits. Every stage also sees the image (the source, or
-    inward, reference); the three deeper ones are gated by what predicts the image's gradients (the target, or outward,
-    reference).
+    Four stages from stride 32 to stride 4, then the logits at full size.
+
+    Source (inward) reference: every stage also takes the image. Target (outward) reference: features that predict the
+    image's gradients gate the three deeper stages.
 
     Args:
-        encoder_channels: channels of the encoder's maps, from the shallowest to the deepest.
-        needs_neck: whether these maps have one stride and a pyramid neck has to make four of it.
+        encoder_channels: Channels of the encoder's maps, shallowest first.
+        needs_neck: Whether these maps have the same stride, so that a pyramid neck resizes them to four strides.
     """
 
     def __init__(self, config, encoder_channels: tuple[int, int, int, int], needs_neck: bool):
@@ -161,7 +176,7 @@ class BiRefNetDecoder(nn.Module):
         self.needs_neck = needs_neck
         e1, e2, e3, e4 = c1, c2, c3, c4 = encoder_channels
         if needs_neck:
-            # Swin-L's channels: what the published decoder has behind a backbone of one stride.
+            # The published decoder has Swin-L's channels after a neck.
             c1, c2, c3, c4 = (c * (2 if config.multi_scale_input == "concat" else 1) for c in (192, 384, 768, 1536))
             self.pyramid_neck_x4 = NeckBlock(e4, c4)
             self.pyramid_neck_x3 = NeckBlock(e3, c3)
@@ -201,14 +216,15 @@ class BiRefNetDecoder(nn.Module):
     ) -> tuple[torch.Tensor, dict[str, tuple]]:
         """
         Args:
-            laterals: the encoder's maps x1, x2, x3, from the shallowest on: each that of the image and, apart, that of
-                the image at half its size, if there is one. The list is emptied on the way, for their memory.
-            x4: the deepest map, whole.
+            laterals: The encoder's maps x1, x2, x3, shallowest first. Each is a tuple of the map of the image and,
+                with multi-scale input, the map of the half-size image. The list is emptied, which frees each map
+                after its last use.
+            x4: The deepest map, scales joined.
             image: (B, 3, H, W).
 
         Returns:
-            The logits (B, 1, H, W), and in training the `auxiliary_logits`, `gradient_logits` and `gradient_targets`
-            of stages 4, 3, 2.
+            The logits (B, 1, H, W). In training also `auxiliary_logits`, `gradient_logits` and `gradient_targets` of
+            stages 4, 3, 2.
         """
         if self.needs_neck:
             laterals, x4 = self.build_pyramid(laterals, x4, image)
@@ -216,19 +232,19 @@ class BiRefNetDecoder(nn.Module):
         gradient = image_laplacian(image) if self.training and self.config.gradient_reference else None
 
         p4 = self.decoder_block4(self.with_source(x4, image, 5))
-        p4 = self.refer_to_gradient(p4, gradient, 4, training_outputs)
+        p4 = self.gate_by_gradient(p4, gradient, 4, training_outputs)
 
         p3 = self.with_source(self.lateral_block4(p4, *laterals.pop()), image, 4)
         p3 = self.decoder_block3(p3)
-        p3 = self.refer_to_gradient(p3, gradient, 3, training_outputs)
+        p3 = self.gate_by_gradient(p3, gradient, 3, training_outputs)
 
         p2 = self.with_source(self.lateral_block3(p3, *laterals.pop()), image, 3)
         p2 = self.decoder_block2(p2)
-        p2 = self.refer_to_gradient(p2, gradient, 2, training_outputs)
+        p2 = self.gate_by_gradient(p2, gradient, 2, training_outputs)
 
         p1 = self.with_source(self.lateral_block2(p2, *laterals.pop()), image, 2)
-        # The last convolution is 1×1 and resizing is linear with weights that sum to one, so the convolution goes
-        # first: one channel is brought to full size instead of 48 to 192.
+        # The last convolution is 1×1, and resizing is linear with weights that sum to one, so the convolution runs
+        # first. Then one channel is resized to full size instead of 48 to 192.
         head, bias = self.conv_out1[0].weight, self.conv_out1[0].bias
         from_p1, from_image = head.split([head.shape[1] - self.source_channels(1), self.source_channels(1)], dim=1)
         p1_logits = self.decoder_block1(p1, head=from_p1)
@@ -243,11 +259,11 @@ class BiRefNetDecoder(nn.Module):
     def build_pyramid(
         self, laterals: list[tuple[torch.Tensor]], x4: torch.Tensor, image: torch.Tensor
     ) -> tuple[list[tuple[torch.Tensor]], torch.Tensor]:
-        """Four maps of one stride → strides 4, 8, 16, 32 with their necks' channels."""
+        """Resize four maps of one stride to strides 4, 8, 16, 32, and apply the necks' 1×1 convolutions."""
         height, width = image.shape[-2:]
         necks = (self.pyramid_neck_x1, self.pyramid_neck_x2, self.pyramid_neck_x3, self.pyramid_neck_x4)
         sizes = [(height // stride, width // stride) for stride in (4, 8, 16, 32)]
-        # The necks are 1×1, so they commute with resizing and run at the smaller of the two sizes.
+        # A 1×1 convolution commutes with resizing. It runs at the smaller of the two sizes.
         *laterals, x4 = [
             resize(neck(feature), size) if size[0] > feature.shape[-2] else neck(resize(feature, size))
             for neck, feature, size in zip(necks, [*(x for (x,) in laterals), x4], sizes, strict=True)
@@ -255,21 +271,29 @@ class BiRefNetDecoder(nn.Module):
         return [(x,) for x in laterals], x4
 
     def with_source(self, hidden_states: torch.Tensor, image: torch.Tensor, level: int) -> list[torch.Tensor]:
-        """The map, and with a source reference what `ipt_blk{level}` sees of the image at the map's size."""
+        """The map, and with a source reference the output of `ipt_blk{level}` at the map's size."""
         if self.config.source_reference is None:
             return [hidden_states]
         size = hidden_states.shape[-2:]
         source = image_to_patches(image, size) if self.config.source_reference == "patches" else resize(image, size)
         return [hidden_states, getattr(self, f"ipt_blk{level}")(source)]
 
-    def refer_to_gradient(
+    def gate_by_gradient(
         self,
         hidden_states: torch.Tensor,
         gradient: torch.Tensor | None,
         stage: int,
         training_outputs: dict[str, tuple],
     ) -> torch.Tensor:
-        """Gates a stage by its gradient features; in training adds what supervises the stage to `training_outputs`."""
+        """
+        Gate a stage's map (B, C, h, w) by its gradient features.
+
+        In training, adds the stage's logits, gradient logits and gradient target to `training_outputs`.
+
+        Args:
+            gradient: (B, 1, H, W), Laplacian of the image; in training only.
+            stage: 4, 3 or 2.
+        """
 
         def collect(name: str, value: torch.Tensor):
             training_outputs[name] = (*training_outputs.get(name, ()), value)
@@ -283,6 +307,6 @@ class BiRefNetDecoder(nn.Module):
         gradient_features = activation(convolve_and_normalize([hidden_states], convolution, norm))
         if self.training:
             collect("gradient_logits", getattr(self, f"gdt_convs_pred_{stage}")(gradient_features))
-            # The target follows the stage's own prediction, without a detach, as published.
+            # The target depends on the stage's own prediction and is not detached, as published.
             collect("gradient_targets", gradient * resize(stage_logits, gradient.shape[-2:]))
         return hidden_states * torch.sigmoid(getattr(self, f"gdt_convs_attn_{stage}")(gradient_features))

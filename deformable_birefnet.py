@@ -1,4 +1,4 @@
-"""Modulated deformable convolution in plain PyTorch, and the atrous spatial pyramid pooling built from it."""
+"""Modulated deformable convolution in plain PyTorch, and atrous spatial pyramid pooling (ASPP) built from it."""
 
 from collections.abc import Callable, Iterator
 
@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .layers_birefnet import concatenate, convolve_and_normalize, fold_batch_norm, linear_for_tiles, tiles
+from .hardware_birefnet import concatenate_tiles, prepack_weight, row_tiles
+from .layers_birefnet import convolve_and_normalize, fold_batch_norm
 
 
-# Samples of one tile of rows where no cache is to be filled; bounds the memory.
+# Size of the samples of one tile of rows on devices other than a CPU. It bounds the memory.
 TILE_BYTES = 512 * 2**20
 
 
@@ -20,50 +21,52 @@ def deformable_convolution(
     modulator: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
-    finish: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    epilogue: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """
     Modulated deformable convolution (Zhu et al., https://arxiv.org/abs/1811.11168) of stride 1 that keeps the size.
 
-    A sample is the weighted sum of the four pixels around its place, zero where they lie outside of the map: a
-    weighted bag of rows of the map laid out channels-last, which `embedding_bag` sums without storing the rows. One
-    matrix product then applies the kernel. Both go over the output in tiles of rows, which bounds the memory.
+    A sample is the bilinear interpolation of the four pixels around its sampling location; pixels outside the map are
+    zero. So a sample is a weighted sum of four rows of the map in channels-last memory. `embedding_bag` computes such
+    sums without storing the rows, and one matrix product then applies the kernel. Both run on tiles of output rows,
+    which bounds the memory.
 
     Args:
         hidden_states: (B, C, H, W).
-        offsets: (B, 2k², H, W) in pixels; Δrow and Δcolumn alternate, taps are row-major.
-        modulator: (B, k², H, W); the weight of each sample is twice its sigmoid, in [0, 2].
+        offsets: (B, 2k², H, W) in pixels. Δrow and Δcolumn alternate; kernel taps are row-major.
+        modulator: (B, k², H, W). The weight of each sample is twice its sigmoid, in [0, 2].
         weight: (out channels, C, k, k), k odd.
         bias: (out channels,).
-        finish: pointwise over the pixels, applied to every tile (B, rows, W, out channels) while it is in the cache.
+        epilogue: Pointwise function of a tile (B, rows, W, out channels), applied while the tile is in the cache.
 
     Returns:
-        (B, out channels, H, W), or as many channels as `finish` makes of them, in channels-last memory.
+        (B, out channels, H, W), or as many channels as `epilogue` returns, in channels-last memory.
 
     Raises:
-        ValueError: if a shape does not fit the others.
+        ValueError: A shape does not fit the others.
     """
     batch, channels, height, width = hidden_states.shape
     _check_shapes(hidden_states, offsets, modulator, weight)
     out_channels, kernel_size = weight.shape[0], weight.shape[-1]
     taps = kernel_size**2
-    pixels = F.pad(hidden_states.permute(0, 2, 3, 1), (0, 0, 2, 2, 2, 2)).view(-1, channels)  # with borders of zeros
-    apply_kernel = linear_for_tiles(weight.permute(0, 2, 3, 1).reshape(out_channels, taps * channels), bias)
+    pixels = F.pad(hidden_states.permute(0, 2, 3, 1), (0, 0, 2, 2, 2, 2)).view(-1, channels)  # two zeros on each side
+    apply_kernel = prepack_weight(weight.permute(0, 2, 3, 1).reshape(out_channels, taps * channels), bias)
 
-    def tile_by_tile() -> Iterator[torch.Tensor]:  # (B, rows, W, out channels) each
-        images = 1 if torch.compiler.is_compiling() else batch  # it may be symbolic there, and their number may not
+    def tile_by_tile() -> Iterator[torch.Tensor]:  # each (B, rows, W, out channels)
+        images = 1 if torch.compiler.is_compiling() else batch  # a traced batch may be symbolic, a tile's size may not
         row_size = images * width * max(taps * channels, out_channels)
-        # Four indices and shares of four bytes are less than a sample: a CPU's cache holds those of several tiles.
+        # A sample has four indices and four weights of four bytes each, which is less than its channels. The cache
+        # holds them for several tiles.
         sample_size = 4 * (4 + 4) // modulator.element_size()
-        for band in tiles(height, images * width * taps * sample_size, modulator, TILE_BYTES // 8):
-            around = _neighbours(offsets[:, :, band], modulator[:, :, band], kernel_size, band.start, height)
-            for rows in tiles(around[0].shape[1], row_size, hidden_states, TILE_BYTES):
-                indices, shares = (values[:, rows].reshape(-1, 4) for values in around)
-                samples = F.embedding_bag(indices, pixels, per_sample_weights=shares.to(pixels.dtype), mode="sum")
-                tile = apply_kernel(samples.view(-1, taps * channels)).view(batch, -1, width, out_channels)
-                yield tile if finish is None else finish(tile)
+        for band in row_tiles(height, images * width * taps * sample_size, modulator, TILE_BYTES // 8):
+            samples = bilinear_samples(offsets[:, :, band], modulator[:, :, band], kernel_size, band.start, height)
+            for rows in row_tiles(samples[0].shape[1], row_size, hidden_states, TILE_BYTES):
+                indices, weights = (values[:, rows].reshape(-1, 4) for values in samples)
+                columns = F.embedding_bag(indices, pixels, per_sample_weights=weights.to(pixels.dtype), mode="sum")
+                tile = apply_kernel(columns.view(-1, taps * channels)).view(batch, -1, width, out_channels)
+                yield tile if epilogue is None else epilogue(tile)
 
-    return concatenate(tile_by_tile(), height, dim=1).permute(0, 3, 1, 2)
+    return concatenate_tiles(tile_by_tile(), height, dim=1).permute(0, 3, 1, 2)
 
 
 def _check_shapes(hidden_states, offsets, modulator, weight):
@@ -76,14 +79,26 @@ def _check_shapes(hidden_states, offsets, modulator, weight):
             raise ValueError(f"{name} have shape {tuple(tensor.shape)}, not {(batch, number, height, width)}.")
 
 
-def _neighbours(offsets, modulator, kernel_size, first_row, height):
+def bilinear_samples(
+    offsets: torch.Tensor, modulator: torch.Tensor, kernel_size: int, first_row: int, height: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    For each sample the indices of the pixels around it among the B·(H+4)·(W+4) of the batch with its borders of zeros,
-    and their shares, bilinear weight × 2·sigmoid(modulator): (B, rows, W, k², 4) both.
+    The four pixels around each sampling location, and their weights: bilinear weight × 2·sigmoid(modulator).
+
+    Args:
+        offsets: (B, 2k², rows, W) in pixels, of consecutive rows of the map.
+        modulator: (B, k², rows, W).
+        kernel_size: k.
+        first_row: First of these rows.
+        height: Height of the whole map, H.
+
+    Returns:
+        Indices (int32) of the pixels among the B·(H+4)·(W+4) pixels of the padded batch, and weights in float32 or
+        wider: (B, rows, W, k², 4) both.
     """
     batch, _, rows, width = offsets.shape
     device, padding = offsets.device, kernel_size // 2
-    # Places are computed in float32 at least: bfloat16 cannot tell pixel 256 from 257.
+    # Sampling locations need float32 or wider: bfloat16 cannot tell pixel 256 from pixel 257.
     dtype = torch.promote_types(offsets.dtype, torch.float32)
     offsets = offsets.to(dtype).permute(0, 2, 3, 1).unflatten(-1, (kernel_size**2, 2))  # (B, rows, W, k², 2)
     modulation = 2 * torch.sigmoid(modulator.to(dtype).permute(0, 2, 3, 1))  # (B, rows, W, k²)
@@ -93,25 +108,27 @@ def _neighbours(offsets, modulator, kernel_size, first_row, height):
     row = offsets[..., 0] + (row_of_pixel[:, None, None] + tap.repeat_interleave(kernel_size))
     column = offsets[..., 1] + (column_of_pixel[:, None] + tap.repeat(kernel_size))
 
-    top, bottom_share = _place_on_axis(row, height)
-    left, right_share = _place_on_axis(column, width)
+    top, bottom_weight = interpolate_along_axis(row, height)
+    left, right_weight = interpolate_along_axis(column, width)
     image = torch.arange(batch, dtype=torch.int32, device=device).view(-1, 1, 1, 1) * ((height + 4) * (width + 4))
     corner = image + top * (width + 4) + left
     indices = torch.stack([corner, corner + 1, corner + width + 4, corner + width + 5], dim=-1)
-    bottom_share = bottom_share * modulation
-    top_share = modulation - bottom_share
-    top_right, bottom_right = top_share * right_share, bottom_share * right_share
-    shares = torch.stack([top_share - top_right, top_right, bottom_share - bottom_right, bottom_right], dim=-1)
-    return indices, shares
+    bottom_weight = bottom_weight * modulation
+    top_weight = modulation - bottom_weight
+    top_right, bottom_right = top_weight * right_weight, bottom_weight * right_weight
+    weights = [top_weight - top_right, top_right, bottom_weight - bottom_right, bottom_right]
+    return indices, torch.stack(weights, dim=-1)
 
 
-def _place_on_axis(place, size):
+def interpolate_along_axis(location: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Index of the pixel at or before each place on an axis of `size` pixels that has two zeros on each side, and the
-    share of the pixel that follows. Places beyond the zeros are moved onto them, and so is what is not a number.
+    Pixel at or before each sampling location on an axis of `size` pixels, and the weight of the pixel after it.
+
+    The axis is padded with two zeros on each side, and the index counts from the first zero. Locations further outside
+    move onto the zeros. So do NaN locations, whose weight stays NaN.
     """
-    lower = place.floor()
-    return lower.int().clamp(-2, size) + 2, place - lower
+    lower = location.floor()
+    return lower.int().clamp(-2, size) + 2, location - lower
 
 
 class ZeroInitializedConvolution(nn.Conv2d):
@@ -119,7 +136,7 @@ class ZeroInitializedConvolution(nn.Conv2d):
 
 
 class DeformableConvolution(GradientCheckpointingLayer):
-    """Deformable convolution whose offsets and modulation are convolutions of its input, both zero at the start."""
+    """Deformable convolution that predicts its offsets and modulation by convolutions, which start at zero."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
         super().__init__()
@@ -130,7 +147,7 @@ class DeformableConvolution(GradientCheckpointingLayer):
         self.regular_conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, bias=False)
 
     def offsets_and_modulator(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(B, 2k², H, W) in pixels and (B, k², H, W), by one convolution."""
+        """Offsets (B, 2k², H, W) in pixels and modulator (B, k², H, W), computed by one convolution."""
         weight = torch.cat([self.offset_conv.weight, self.modulator_conv.weight])
         bias = torch.cat([self.offset_conv.bias, self.modulator_conv.bias])
         both = F.conv2d(hidden_states, weight, bias, padding=self.kernel_size // 2)
@@ -138,8 +155,11 @@ class DeformableConvolution(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: torch.Tensor, weight: torch.Tensor | None = None, **options) -> torch.Tensor:
         """
-        (B, C, H, W) → (B, out channels, H, W). `weight` is used instead of the module's own, and options are those of
-        [`deformable_convolution`].
+        (B, C, H, W) → (B, out channels, H, W).
+
+        Args:
+            weight: (out channels, C, k, k), used in place of the module's own weight.
+            options: `bias` and `epilogue` of [`deformable_convolution`].
         """
         offsets, modulator = self.offsets_and_modulator(hidden_states)
         weight = self.regular_conv.weight if weight is None else weight
@@ -147,7 +167,7 @@ class DeformableConvolution(GradientCheckpointingLayer):
 
 
 class DeformableBranch(nn.Module):
-    """Deformable convolution, norm, ReLU, and this branch's share of the 1×1 convolution that fuses the branches."""
+    """Deformable convolution, norm, ReLU, and this branch's slice of the 1×1 convolution that fuses the branches."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
         super().__init__()
@@ -155,15 +175,15 @@ class DeformableBranch(nn.Module):
         self.bn = nn.BatchNorm2d(out_channels)
 
     def forward(self, hidden_states: torch.Tensor, fusion: torch.Tensor) -> torch.Tensor:
-        if self.bn.training:  # the norm's statistics need the whole map
+        if self.bn.training:  # batch statistics need the whole map
             return F.conv2d(F.relu(self.bn(self.atrous_conv(hidden_states))), fusion)
         weight, bias = fold_batch_norm(self.atrous_conv.regular_conv.weight, None, self.bn)
-        fuse = linear_for_tiles(fusion.flatten(1), None)
-        return self.atrous_conv(hidden_states, weight, bias=bias, finish=lambda tile: fuse(F.relu_(tile)))
+        fuse = prepack_weight(fusion.flatten(1), None)
+        return self.atrous_conv(hidden_states, weight, bias=bias, epilogue=lambda tile: fuse(F.relu_(tile)))
 
 
 class AtrousBranch(nn.Module):
-    """The same with an ordinary dilated convolution."""
+    """As `DeformableBranch`, with an ordinary dilated convolution."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, dilation: int):
         super().__init__()
@@ -179,8 +199,10 @@ class AtrousBranch(nn.Module):
 
 class AtrousSpatialPyramidPooling(nn.Module):
     """
-    Branches of growing reach and a globally pooled one, fused by a 1×1 convolution. The convolution's weight is split
-    among the branches and their results are added, so that the concatenation (1280 channels) never exists.
+    Branches of growing receptive field and a globally pooled branch, fused by a 1×1 convolution.
+
+    Each branch is convolved with its slice of the fusing weight, and the results are added. So the concatenation of
+    the branches (1280 channels) never exists.
     """
 
     branch_channels = 256
@@ -206,13 +228,13 @@ class AtrousSpatialPyramidPooling(nn.Module):
         pooled = convolution(average(hidden_states))
         if norm.training and len(pooled) > 1:
             return activation(norm(pooled))
-        # One image has one value per channel and so no statistics of its own: it takes the running ones.
+        # A single image has one value per channel and so no batch statistics. It uses the running statistics.
         statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
         return activation(F.batch_norm(pooled, *statistics, training=False, eps=norm.eps))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) → (B, out channels, H, W)
         *fusions, pooled_fusion = self.conv1.weight.split(self.branch_channels, dim=1)
-        # The pooled branch is constant over the map, and so is what it adds.
+        # The pooled branch is constant over the map, and so is its term of the sum.
         fused = F.conv2d(self.pool(hidden_states), pooled_fusion)
         for branch, fusion in zip(self.branches(), fusions, strict=True):
             fused = fused + branch(hidden_states, fusion)
@@ -220,7 +242,7 @@ class AtrousSpatialPyramidPooling(nn.Module):
 
 
 class ASPPDeformable(AtrousSpatialPyramidPooling):
-    """Pyramid pooling over deformable convolutions of kernel sizes 1, 1, 3 and 7."""
+    """Pyramid pooling with deformable convolutions of kernel sizes 1, 1, 3 and 7."""
 
     def __init__(self, in_channels: int, out_channels: int | None = None):
         super().__init__(in_channels, out_channels)
@@ -232,7 +254,7 @@ class ASPPDeformable(AtrousSpatialPyramidPooling):
 
 
 class ASPP(AtrousSpatialPyramidPooling):
-    """Pyramid pooling over a 1×1 and three 3×3 convolutions of dilations 6, 12 and 18."""
+    """Pyramid pooling with one 1×1 convolution and three 3×3 convolutions of dilations 6, 12 and 18."""
 
     def __init__(self, in_channels: int, out_channels: int | None = None):
         super().__init__(in_channels, out_channels)

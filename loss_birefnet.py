@@ -13,12 +13,12 @@ TASK_LOSS_WEIGHTS = {
     "matting": {"bce": 30.0, "iou": 0.0, "ssim": 10.0, "mae": 100.0},
 }
 
-# Number of last epochs in which the region-level losses take over, as published for each task.
+# Number of last epochs with more weight on the region-level losses, as published for each task.
 TASK_LAST_EPOCHS = {"dis": 40, "general": 20, "matting": 10}
 
 
 def task_loss_weights(task: str, overrides: dict[str, float] | None = None) -> dict[str, float]:
-    """Weight of each loss term: those of the task, or `overrides` with 0 for the terms that it leaves out."""
+    """Weights of the loss terms: the task's, or `overrides`, where a missing term has weight 0."""
     if overrides is None:
         return dict(TASK_LOSS_WEIGHTS[task])
     return {term: float(overrides.get(term, 0.0)) for term in LOSS_TERMS}
@@ -32,20 +32,20 @@ def loss_weights_at_epoch(
     overrides: dict[str, float] | None = None,
 ) -> dict[str, float]:
     """
-    Weight of each loss term in an epoch: a function of the epoch alone, so that a resumed run continues it.
+    Weights of the loss terms in an epoch. They depend on the epoch alone, so a resumed run continues the schedule.
 
-    In the n-th of the last epochs (n from 1) BCE is off, IoU is weighted × 0.5ⁿ and MAE × 0.9ⁿ; for matting only
-    SSIM changes, × 0.9ⁿ.
+    In the n-th of the last epochs (n from 1), BCE is off, the IoU weight is multiplied by 0.5ⁿ and the MAE weight by
+    0.9ⁿ. For matting, only the SSIM weight changes; it is multiplied by 0.9ⁿ.
 
     Args:
         task: `"dis"`, `"general"` or `"matting"`.
-        epoch: the epoch, counted from 0.
-        num_train_epochs: how many epochs the whole training has.
-        last_epochs: how many of them are last ones; as published for the task if `None`, 0 for a constant schedule.
-        overrides: weights to start from instead of the task's.
+        epoch: Epoch, counted from 0.
+        num_train_epochs: Number of epochs of the whole training.
+        last_epochs: Number of last epochs. `None` stands for the task's published number, 0 for constant weights.
+        overrides: Initial weights in place of the task's.
 
     Raises:
-        ValueError: for an unknown task, or an epoch below 0.
+        ValueError: The task is unknown, or the epoch is negative.
     """
     if task not in TASK_LOSS_WEIGHTS:
         raise ValueError(f"task={task!r} is not one of {', '.join(TASK_LOSS_WEIGHTS)}.")
@@ -62,17 +62,17 @@ def loss_weights_at_epoch(
 
 
 def iou_loss(probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Σ over the batch of 1 − intersection / union, both soft. (B, 1, H, W) in [0, 1], a scalar out."""
+    """Sum over the batch of 1 − soft intersection / soft union. Maps (B, 1, H, W) in [0, 1] → scalar."""
     intersection = (probabilities * labels).sum(dim=(1, 2, 3))
     union = probabilities.sum(dim=(1, 2, 3)) + labels.sum(dim=(1, 2, 3)) - intersection
-    # Guards 0/0 of an all-black label that is predicted as such exactly; it changes no other value.
+    # Prevents 0/0 for an empty label with an exactly empty prediction. No other value changes.
     return (1 - intersection / union.clamp_min(torch.finfo(union.dtype).tiny)).sum()
 
 
 def gaussian_blur_matrix(size: int, like: torch.Tensor) -> torch.Tensor:
-    """(size, size): multiplying by it blurs along an axis with 11 taps of σ 1.5 and zeros beyond the border."""
-    places = torch.arange(size, dtype=torch.float32, device=like.device)
-    distance = places[:, None] - places[None, :]
+    """Matrix (size, size) that blurs along an axis when multiplied: 11 taps, σ 1.5, zero padding."""
+    positions = torch.arange(size, dtype=torch.float32, device=like.device)
+    distance = positions[:, None] - positions[None, :]
     taps = torch.arange(-5, 6, dtype=torch.float32, device=like.device)
     total = torch.exp(-(taps**2) / 4.5).sum()
     return (torch.exp(-(distance**2) / 4.5) / total * (distance.abs() <= 5)).to(like.dtype)
@@ -80,11 +80,11 @@ def gaussian_blur_matrix(size: int, like: torch.Tensor) -> torch.Tensor:
 
 def ssim_loss(probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """
-    (1 − SSIM) / 2 of (B, 1, H, W) maps in [0, 1] (Wang et al. 2004): Gaussian window 11×11 of σ 1.5, zero padding,
-    C1 = 0.01², C2 = 0.03².
+    (1 − SSIM) / 2 of maps (B, 1, H, W) in [0, 1] → scalar (Wang et al. 2004).
 
-    The window is separable, and two matrix products blur many times faster than a convolution of one channel. The
-    label's own maps are blurred apart: they need no gradient.
+    The Gaussian window is 11×11 with σ 1.5 and zero padding; C1 = 0.01², C2 = 0.03². The window is separable, and two
+    matrix products blur many times faster than a convolution of one channel. The label's maps are blurred separately
+    because they need no gradient.
     """
     p, y = probabilities, labels
     rows, columns = gaussian_blur_matrix(p.shape[-2], p), gaussian_blur_matrix(p.shape[-1], p)
@@ -100,10 +100,10 @@ def ssim_loss(probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor
 
 class BiRefNetLoss:
     """
-    Pixel losses of every output plus, with a gradient reference, the gradient loss.
+    Sum of the pixel losses of every output and, with a gradient reference, the gradient loss.
 
     Args:
-        weights (`dict[str, float]`): weight of `"bce"`, `"iou"`, `"ssim"` and `"mae"`. It may be replaced between
+        weights (`dict[str, float]`): Weights of `"bce"`, `"iou"`, `"ssim"` and `"mae"`. They may be replaced between
             steps, see [`loss_weights_at_epoch`].
     """
 
@@ -111,7 +111,7 @@ class BiRefNetLoss:
         self.weights = weights
 
     def pixel_terms(self, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The weighted terms of logits (B, 1, h, w) against labels (B, 1, H, W) in [0, 1]; none for a weight of 0."""
+        """Weighted terms of logits (B, 1, h, w) and labels (B, 1, H, W) in [0, 1]. Omits terms of weight 0."""
         logits = resize(logits, labels.shape[-2:]).float()
         labels = labels.float()
         probabilities = logits.sigmoid()
@@ -140,15 +140,15 @@ class BiRefNetLoss:
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """
         Args:
-            logits: outputs of the supervised stages, each (B, 1, h, w).
+            logits: Outputs of the supervised stages, each (B, 1, h, w).
             labels: (B, 1, H, W) in [0, 1].
-            gradient_logits, gradient_targets: the stages' predicted gradients and their targets, before the sigmoid.
+            gradient_logits, gradient_targets: Predicted gradients of the stages and their targets, before the sigmoid.
 
         Returns:
-            The total, and its terms by name, weights included, each summed over the outputs and detached.
+            The total, and its weighted terms by name, each summed over the outputs and detached.
         """
         terms: dict[str, torch.Tensor] = {}
-        with torch.autocast(labels.device.type, enabled=False):  # variances do not survive half precision
+        with torch.autocast(labels.device.type, enabled=False):  # half precision is too coarse for SSIM's variances
             for output in logits:
                 for name, value in self.pixel_terms(output, labels).items():
                     terms[name] = terms[name] + value if name in terms else value

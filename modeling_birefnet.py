@@ -26,7 +26,7 @@ from .layers_birefnet import resize
 from .loss_birefnet import BiRefNetLoss, task_loss_weights
 
 
-if TYPE_CHECKING:  # never run: names the files that have to travel with the model when it is saved or pushed
+if TYPE_CHECKING:  # never runs; makes transformers copy these files when it saves or pushes the model
     from .image_processing_birefnet import BiRefNetImageProcessor  # noqa: F401
     from .pipeline_birefnet import BiRefNetPipeline  # noqa: F401
 
@@ -41,17 +41,17 @@ class BiRefNetImageSegmentationOutput(ModelOutput):
     """
     Args:
         loss (`torch.Tensor` of shape `(1,)`, returned when `labels` are given):
-            In training all the losses of the task; in evaluation the pixel losses of `logits` alone.
+            In training the sum of all losses of the task; in evaluation the pixel losses of `logits`.
         logits (`torch.Tensor` of shape `(B, 1, H, W)`):
             The matte is their sigmoid.
         hidden_states (`tuple[torch.Tensor]`, returned with `output_hidden_states=True`):
-            The encoder's four maps, from the shallowest to the deepest, the context joined to the deepest.
+            The encoder's four maps, shallowest first. The deepest includes the context of the other three.
         loss_terms (`dict[str, torch.Tensor]`, returned when `labels` are given):
-            The terms of `loss`, weights included, detached.
+            The weighted terms of `loss`, detached.
         auxiliary_logits (`tuple[torch.Tensor]`, in training with `multi_scale_supervision`):
             Logits (B, 1, h, w) of stages 4, 3, 2 at strides 32, 16, 8.
         gradient_logits, gradient_targets (`tuple[torch.Tensor]`, in training with `gradient_reference`):
-            The predicted gradients (B, 1, h, w) of stages 4, 3, 2 and their targets (B, 1, H, W), before the sigmoid.
+            Predicted gradients (B, 1, h, w) of stages 4, 3, 2 and their targets (B, 1, H, W), before the sigmoid.
     """
 
     loss: torch.Tensor | None = None
@@ -70,14 +70,14 @@ class BiRefNetPreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
-    # Modules that use the parameters of their children directly have to stay on one device.
+    # These modules use the parameters of their children directly, so they have to stay on one device.
     _no_split_modules = ("SwinBlock", "PatchMerging", "DecoderBlock", "ASPPDeformable", "ASPP", "BiRefNetDecoder")
     _supports_sdpa = True
     _can_compile_fullgraph = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        """As the published implementation: Swin's own initialisation, PyTorch's defaults for convolutions."""
+        """Initialise as the published code does: Swin's initialisation, PyTorch's defaults for convolutions."""
         if isinstance(module, WindowAttention):
             init.trunc_normal_(module.relative_position_bias_table, std=0.02)
             init.copy_(module.relative_position_index, relative_position_index(module.window_size))
@@ -95,17 +95,17 @@ class BiRefNetPreTrainedModel(PreTrainedModel):
                 init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
             super()._init_weights(module)
-        elif hasattr(module, "init_non_persistent_buffers"):  # timm's: lost on the meta device
+        elif hasattr(module, "init_non_persistent_buffers"):  # timm's buffers, which the meta device loses
             module.init_non_persistent_buffers()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, state_dict=None, **kwargs):
         """
-        As [`~transformers.PreTrainedModel.from_pretrained`], and also loads a single `.safetensors` or `.pth` file and
-        the official repositories, whose `config.json` says nothing of the network: their tensors do.
+        As [`~transformers.PreTrainedModel.from_pretrained`]. Also loads a single `.safetensors` or `.pth` file and the
+        official repositories. Their `config.json` does not describe the network; it is inferred from the tensors.
 
         Raises:
-            ValueError: if the weights are of the old layout or of another backbone than `config` names.
+            ValueError: The weights have the old layout, or another backbone than `config` names.
         """
         if pretrained_model_name_or_path is not None and state_dict is None:
             options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
@@ -122,12 +122,12 @@ class BiRefNetPreTrainedModel(PreTrainedModel):
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info=True
         if {"cpu", "disk"} & set(getattr(model, "hf_device_map", {}).values()):
             load_blocks_whole(model)
-        if model.config.freeze_backbone:  # loading has put new parameters into the place of the frozen ones
+        if model.config.freeze_backbone:  # loading has replaced the frozen parameters by new ones
             model.bb.requires_grad_(False)
         return loaded
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
-        """As in PyTorch, for the state dicts of wrapped models and with half-precision or no index buffers as well."""
+        """As in PyTorch. Also accepts prefixes of wrapped models, and index buffers that are missing or in float16."""
         state_dict = clean_state_dict(state_dict)
         if any(key.startswith("bb.") for key in state_dict):
             check_layout(state_dict)
@@ -135,15 +135,15 @@ class BiRefNetPreTrainedModel(PreTrainedModel):
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def _set_gradient_checkpointing(self, enable: bool = True, **kwargs):
-        if hasattr(self.bb, "set_grad_checkpointing"):  # timm's
+        if hasattr(self.bb, "set_grad_checkpointing"):  # a timm backbone
             self.bb.set_grad_checkpointing(enable)
         super()._set_gradient_checkpointing(enable, **kwargs)
 
 
 class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
     """
-    Separates the foreground of a picture from its background: a backbone, a squeeze block, and a decoder with a
-    bilateral reference.
+    BiRefNet: predicts the matte of an image's foreground. Backbone, squeeze block, and decoder with a bilateral
+    reference.
 
     Example:
 
@@ -185,8 +185,8 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`):
-                Images normalised with ImageNet's mean and standard deviation; H and W are multiples of 32. They are
-                cast to the weights' dtype.
+                Images normalised with ImageNet's mean and standard deviation. H and W are multiples of 32. The images
+                are cast to the weights' dtype.
             labels (`torch.Tensor` of shape `(B, 1, H, W)` or `(B, H, W)`, *optional*):
                 Masks or mattes in [0, 1].
             output_hidden_states (`bool`, *optional*):
@@ -195,7 +195,7 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
                 Whether to return a [`BiRefNetImageSegmentationOutput`] instead of a tuple.
 
         Raises:
-            ValueError: if a shape or a value is not of these.
+            ValueError: `pixel_values` or `labels` have another shape, dtype or range.
         """
         check_pixel_values(pixel_values)
         if labels is not None:
@@ -236,8 +236,11 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
 
     def encode(self, pixel_values: torch.Tensor) -> tuple[list[tuple[torch.Tensor, ...]], torch.Tensor]:
         """
-        (B, 3, H, W) → the backbone's maps x1, x2, x3, each as it comes of the image and of the image at half its size,
-        and x4 of both with the others' context joined to it.
+        Encode images (B, 3, H, W).
+
+        Returns:
+            The maps x1, x2, x3, each a tuple of the map of the image and, with multi-scale input, the map of the
+            half-size image; and the map x4, scales joined and the context of the other maps concatenated.
         """
         *laterals, deepest = self.extract_features(pixel_values)
         x4 = self.join_scales(*deepest)
@@ -258,7 +261,11 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
     def join_scales(
         self, full: torch.Tensor, half: torch.Tensor | None = None, size: tuple[int, int] | None = None
     ) -> torch.Tensor:
-        """The map of the image joined with that of the image at half its size, if there is one, resized to `size`."""
+        """
+        Concatenate or add the map of the image and the map of the half-size image, if there is one.
+
+        The result has `size`, by default the size of `full`.
+        """
         own_size = full.shape[-2:]
         full = resize(full, size or own_size)
         if half is None:
@@ -269,15 +276,16 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
 
 def load_blocks_whole(model: PreTrainedModel):
     """
-    Makes each block whose weights lie on the disk or in another memory fetch all of them when it is called.
+    Make each block with offloaded weights fetch all of them when it is called.
 
-    accelerate fetches them layer by layer, as the layers are called, but blocks use their layers' weights directly.
+    accelerate fetches weights when their own layer is called. The blocks use their layers' weights directly, without
+    calling the layers.
     """
-    try:  # outside of a `try` transformers would require it of everyone
+    try:  # outside a `try`, transformers would require accelerate of every user
         from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
         from accelerate.utils import PrefixedDataset
     except ImportError as error:
-        raise ImportError("Weights in several places need accelerate: `pip install accelerate`.") from error
+        raise ImportError("Offloaded weights need accelerate: `pip install accelerate`.") from error
     whole: list[str] = []
     for name, block in model.named_modules():
         if type(block).__name__ not in model._no_split_modules or name.startswith(tuple(whole)):
@@ -316,7 +324,7 @@ def check_pixel_values(pixel_values: torch.Tensor):
 
 
 def check_labels(labels: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Labels as (B, 1, H, W) in floating point."""
+    """Check the labels, and return them as (B, 1, H, W) in floating point."""
     shape = tuple(labels.shape)
     if labels.ndim == 3:
         labels = labels.unsqueeze(1)
@@ -325,7 +333,7 @@ def check_labels(labels: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tens
         allowed = f"{(batch, 1, height, width)} or {(batch, height, width)}"
         raise ValueError(f"labels have shape {shape}; allowed for these pixel_values is {allowed}.")
     labels = labels if labels.is_floating_point() else labels.float()
-    # Reading the values would break a compiled graph, so there they are taken as they come.
+    # A compiled graph cannot read values, so they are not checked there.
     if not torch.compiler.is_compiling():
         lowest, highest = labels.aminmax()
         if not (lowest >= 0 and highest <= 1):  # also true of NaN

@@ -1,5 +1,5 @@
 """
-What the embedded weights make of ten pictures, for the model card: photos that installed packages ship and drawn ones.
+Results of the embedded weights on ten pictures, for the model card: photos from installed packages and drawn scenes.
 
     python benchmarks/cases.py cases.png
 """
@@ -18,7 +18,7 @@ BLUE, ORANGE = (70, 110, 160), (225, 120, 40)
 
 
 def photos() -> dict[str, Image.Image]:
-    """Photos of scikit-image (public domain or CC0) and matplotlib (public domain), and drawn scenes, by title."""
+    """Photos from scikit-image (public domain or CC0) and matplotlib (public domain), and drawn scenes, by title."""
     from matplotlib import cbook
     from skimage import data
 
@@ -39,7 +39,7 @@ def photos() -> dict[str, Image.Image]:
 
 
 def scene(scale: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    """A ground that grows lighter downwards, of 640 x 480 pixels times the scale."""
+    """A background that gets lighter downwards, 640 x 480 pixels times the scale."""
     picture = Image.linear_gradient("L").resize((640 * scale, 480 * scale))
     picture = Image.merge("RGB", [picture.point(lambda v, c=c: c + v // 4) for c in BLUE])
     return picture, ImageDraw.Draw(picture)
@@ -84,15 +84,15 @@ def shown(picture: Image.Image) -> Image.Image:
 
 
 def draw_sheet(cases: dict[str, tuple[Image.Image, ...]]) -> Image.Image:
-    """Two cases in a row, each with its title above its three pictures."""
+    """Sheet with two cases per row. Each case has a title above its three pictures."""
     cell_width, cell_height = 3 * (SIDE + MARGIN) + MARGIN, SIDE + 24
     sheet = Image.new("RGB", (2 * cell_width, (len(cases) + 1) // 2 * cell_height), "white")
     draw = ImageDraw.Draw(sheet)
     for number, (title, pictures) in enumerate(cases.items()):
         left, top = number % 2 * cell_width + MARGIN, number // 2 * cell_height
         draw.text((left, top + 4), f"{number + 1}  {title}", fill="black")
-        for place, picture in enumerate(pictures):
-            sheet.paste(shown(picture), (left + place * (SIDE + MARGIN), top + 20))
+        for column, picture in enumerate(pictures):
+            sheet.paste(shown(picture), (left + column * (SIDE + MARGIN), top + 20))
     return sheet
 
 

@@ -1,5 +1,5 @@
 """
-How sharp the embedded weights' mattes are: widths of edges of a drawn ring, and close-ups of hair, legs and gaps.
+Sharpness of the embedded weights' mattes: edge widths on a drawn ring, and close-ups of hair, legs and gaps.
 
     python benchmarks/edges.py edges.png
 """
@@ -19,7 +19,7 @@ from birefnet.repository.matting_birefnet import to_planes
 
 SCALE, REDUCTION = 8, 5  # drawn at 5120 x 3840, then averaged to 1024 x 768
 BLURS = (0, 1.4, 2.9)  # standard deviations, in pixels of the photo
-CENTRE, OUTLINE, HOLE = (512, 384), (200, 280), (112, 192)  # of the ring: the least and greatest radius of each edge
+CENTRE, OUTLINE, HOLE = (512, 384), (200, 280), (112, 192)  # of the ring; smallest and largest radius of each edge
 CLOSE_UPS = {  # title: photo, left and top of the square, its side
     "hair": ("astronaut", (160, 20), 100),
     "whiskers": ("cat", (250, 195), 100),
@@ -31,15 +31,15 @@ CLOSE_UPS = {  # title: photo, left and top of the square, its side
 
 
 def width_of_edge(picture: torch.Tensor, radii: tuple[int, int]) -> float:
-    """Pixels over which the edge between the radii goes from 10 to 90 % of its step, median of 180 directions."""
+    """Width in pixels of the edge between two radii, from 10 % to 90 % of its step; median of 180 directions."""
     distances = torch.arange(radii[0], radii[1], 0.25)
     angles = torch.arange(0, 360, 2)[:, None] * math.pi / 180
-    places = torch.stack([CENTRE[0] + distances * angles.cos(), CENTRE[1] + distances * angles.sin()], dim=-1)
-    places = 2 * places / torch.tensor(picture.shape[::-1]) - 1  # as grid_sample counts
-    profiles = F.grid_sample(picture[None, None], places[None], align_corners=False)[0, 0]  # (180, distances)
+    points = torch.stack([CENTRE[0] + distances * angles.cos(), CENTRE[1] + distances * angles.sin()], dim=-1)
+    points = 2 * points / torch.tensor(picture.shape[::-1]) - 1  # in the coordinates of grid_sample
+    profiles = F.grid_sample(picture[None, None], points[None], align_corners=False)[0, 0]  # (180, distances)
     low, high = profiles.amin(1, keepdim=True), profiles.amax(1, keepdim=True)
-    shares = (profiles - low) / (high - low)
-    return ((shares > 0.1) & (shares < 0.9)).sum(1).median().item() / 4
+    steps = (profiles - low) / (high - low)
+    return ((steps > 0.1) & (steps < 0.9)).sum(1).median().item() / 4
 
 
 def print_widths():
@@ -50,7 +50,7 @@ def print_widths():
     for blur in BLURS:
         photo = sharp.filter(ImageFilter.GaussianBlur(blur))
         red, _, blue = to_planes(photo).float()
-        pictures = [red - blue]  # which parts the ring from the ground
+        pictures = [red - blue]  # separates the ring from the background
         with torch.inference_mode():
             outputs = model(**processor(photo, return_tensors="pt"))
             for processor.do_guided_upsampling in (False, True):
@@ -61,7 +61,7 @@ def print_widths():
 
 
 def close_ups() -> dict[str, tuple[Image.Image, ...]]:
-    """Photo, matte and cut-out of each, every pixel enlarged."""
+    """Enlarged photo, matte and cut-out of each close-up."""
     scenes = {"legs": thin_legs, "ring": ring, "strands": strands}
     pictures = photos() | {name: draw(SCALE).reduce(REDUCTION) for name, draw in scenes.items()}
     remove_background = pipeline(model=str(repository_folder()), trust_remote_code=True)

@@ -1,11 +1,11 @@
-"""From JPEG files to PNG cut-outs: photos per second of the command line, and where the time goes.
+"""From JPEG files to PNG cut-outs: photos per second of the command line, and the time of each stage.
 
     python benchmarks/end_to_end.py
     python benchmarks/end_to_end.py --model lite --photos 10 --format webp --json out/end_to_end.json
 
-The photos, of 2 to 12 megapixels, are drawn. They are cut out twice: one stage after the other, each timed, and then
-as `birefnet cutout` does it: all stages at the same time, and on a CPU two networks, each on half of the cores. The
-network's own throughput, which the second is compared with, is photos over its time in the first.
+The photos are drawn and have 2 to 12 megapixels. The first run times one stage after the other. The second run works
+as `birefnet cutout` does: all stages run at the same time, and on a CPU two networks run on half of the cores each.
+Its throughput is compared with the network's own throughput in the first run.
 """
 
 import argparse
@@ -35,10 +35,12 @@ STAGES = ("decode", "resize", "network", "matte", "foreground", "encode")
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="lite, general (drawn weights), a folder or Hub id; default: embedded")
+    parser.add_argument(
+        "--model", help="lite, general (random weights), a folder or a Hub id; default: the embedded weights"
+    )
     parser.add_argument("--photos", type=int, default=50)
     parser.add_argument("--megapixels", type=float, nargs=2, default=(2, 12), metavar=("LEAST", "MOST"))
-    parser.add_argument("--resolution", type=int, help="side of what the network sees; default: the model's")
+    parser.add_argument("--resolution", type=int, help="side of the network's input; default: the model's own")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16", "int8"], default="auto")
@@ -50,13 +52,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def save_drawn_network(name: str, folder: Path):
-    """Lite or general with drawn weights, as a folder of a model."""
+    """Save lite or general with random weights as a model folder."""
     load_model(name, "float32", "cpu").save_pretrained(folder)
     BiRefNetImageProcessor(size={"height": 1024, "width": 1024}).save_pretrained(folder)
 
 
 def see_the_disc(model, arguments, outputs):
-    """Puts the drawn photos' disc, with a soft edge, in place of the gray that drawn weights see: a matte as usual."""
+    """Forward hook that replaces the gray output of random weights by the drawn photos' disc with a soft edge."""
     height, width = outputs.logits.shape[-2:]
     rows = torch.linspace(-0.5, 0.5, height)[:, None]
     columns = torch.linspace(-0.75, 0.75, width)  # of photos in 3:2
@@ -66,7 +68,7 @@ def see_the_disc(model, arguments, outputs):
 
 
 def draw_photos(folder: Path, count: int, least: float, most: float) -> list[Path]:
-    """JPEG files of `least` to `most` megapixels in even steps: a disc on smooth colours, with a sensor's noise."""
+    """Draw JPEG files of `least` to `most` megapixels in even steps: a disc on smooth colours, with sensor noise."""
     random = np.random.default_rng(0)
     files = []
     for index, megapixels in enumerate(np.linspace(least, most, count)):
@@ -84,7 +86,7 @@ def draw_photos(folder: Path, count: int, least: float, most: float) -> list[Pat
 
 
 def run_stage_by_stage(files: list[Path], folder: Path, remover, picture_format: str, batch_size: int) -> dict:
-    """Seconds of each stage, summed over the photos, with nothing beside it."""
+    """Seconds of each stage, summed over the photos. One stage runs at a time."""
     seconds = defaultdict(float)
 
     def timed(stage, function, *arguments, **options):
@@ -100,7 +102,7 @@ def run_stage_by_stage(files: list[Path], folder: Path, remover, picture_format:
         decoded = [timed("decode", decode, file) for file in batch]
         inputs = [timed("resize", remover.preprocess, photo.image) for photo in decoded]
         for file, photo, outputs in zip(batch, decoded, timed("network", remover.forward, inputs), strict=True):
-            # The pipeline makes the matte as the first part of its postprocessing: the rest is foreground colours.
+            # The pipeline's postprocessing computes the matte first, then the foreground colours.
             make_matte = remover.image_processor.post_process_alpha_matte
             timed("matte", make_matte, outputs, target_sizes=[outputs["target_size"]], photos=[outputs["photo"]])
             picture = timed("foreground", remover.postprocess, outputs)
@@ -117,7 +119,7 @@ def decode(file: Path):
 
 
 def run_as_command(files: list[Path], folder: Path, remover, picture_format: str, batch_size: int) -> float:
-    """Seconds of all the photos in the threads of `birefnet cutout`."""
+    """Seconds for all photos with the threads of `birefnet cutout`."""
     jobs = [Job(PhotoSource(file, Path(file.name)), folder / f"{file.stem}.{picture_format}") for file in files]
     start = time.perf_counter()
     for report in cut_out_photos(jobs, remover, batch_size=batch_size, picture_format=picture_format, overwrite=True):

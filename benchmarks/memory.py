@@ -1,4 +1,4 @@
-"""Peak memory of one forward pass, beyond what is in memory before it: weights, libraries, interpreter."""
+"""Peak memory of one forward pass, in addition to the memory before it (weights, libraries, interpreter)."""
 
 import ctypes
 import gc
@@ -10,7 +10,7 @@ from subjects import Subject
 
 
 def peak_on_gpu(run, pixel_values: torch.Tensor) -> int:
-    """Bytes of PyTorch's allocator."""
+    """Peak bytes of PyTorch's allocator."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -21,12 +21,14 @@ def peak_on_gpu(run, pixel_values: torch.Tensor) -> int:
 
 def peak_on_cpu(subject: Subject, shape: tuple[int, ...], threads: int) -> int | None:
     """
-    Bytes of a process of its own, since a process does not give back all that it has once had. `None` where the system
-    does not tell (other than Linux).
+    Peak bytes of a separate process, because a process does not return all memory that it has used before.
+
+    Returns:
+        Bytes, or `None` on systems other than Linux, which do not report them.
 
     Raises:
-        MemoryError: if the process was killed, or ended without an answer.
-        RuntimeError: if the subject failed there.
+        MemoryError: The process was killed or ended without a result.
+        RuntimeError: The subject failed in the process.
     """
     if sys.platform != "linux":
         return None
@@ -47,20 +49,20 @@ def peak_on_cpu(subject: Subject, shape: tuple[int, ...], threads: int) -> int |
 
 
 def _measure_in_child(subject: Subject, shape: tuple[int, ...], threads: int, sender):
-    # If memory runs out, it is this process that has to go.
+    # The system kills this process first if memory runs out.
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")
     torch.set_num_threads(threads)
     try:
         run = subject.build()
         with torch.inference_mode():
-            if subject.kind != "onnx":  # whose graph may have one size only
+            if subject.kind != "onnx":  # an ONNX graph may have a fixed size
                 run(torch.randn(1, 3, 64, 64))  # loads the kernels and starts the threads
             pixel_values = torch.randn(shape)
             gc.collect()
             give_back_freed_memory()
             with open("/proc/self/clear_refs", "w") as file:
-                file.write("5")  # the peak so far is forgotten
+                file.write("5")  # resets the peak
             before = _status("VmRSS")
             run(pixel_values)
         sender.send((_status("VmHWM") - before, None))
@@ -71,14 +73,14 @@ def _measure_in_child(subject: Subject, shape: tuple[int, ...], threads: int, se
 
 
 def give_back_freed_memory():
-    """What was freed since the start must not serve the forward pass unseen. It is glibc that would keep it."""
+    """Return freed memory to the system, so that the forward pass cannot reuse it uncounted. glibc keeps it."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def _status(field: str) -> int:
-    """Bytes that the kernel reports for this process: VmRSS is resident now, VmHWM was at most."""
+    """Bytes that the kernel reports for this process: VmRSS is the present resident size, VmHWM its peak."""
     with open("/proc/self/status") as file:
         line = next(line for line in file if line.startswith(field))
     return int(line.split()[1]) * 1024

@@ -1,4 +1,4 @@
-"""The benchmark's rows as a picture: time and memory of every subject, one pair of panels for each case."""
+"""The benchmark's rows as a bar chart: time and memory of every subject, with a pair of panels for each case."""
 
 from pathlib import Path
 
@@ -16,16 +16,16 @@ COLOURS = {
 def draw(rows: list[dict], environment: dict, file: Path):
     """
     Args:
-        rows: as `speed.py` writes them; those with an error are left out.
-        environment: named under the picture.
-        file: in any format that matplotlib writes.
+        rows: Rows of `speed.py`. Rows with an error are omitted.
+        environment: Conditions of the measurement, written below the chart.
+        file: Output file, in any format of matplotlib.
     """
     cases: dict[tuple, list[dict]] = {}
     for row in rows:
         if "seconds" in row:
             cases.setdefault((row["model"], row["side"], row["batch"]), []).append(row)
     if not cases:
-        raise ValueError("nothing was measured, so there is nothing to draw")
+        raise ValueError("no row has a measurement, so there is nothing to draw")
     heights = [len(measured) + 1.5 for measured in cases.values()]
     figure = Figure(figsize=(11, 0.4 * sum(heights) + 0.8), layout="constrained")
     panels = figure.subplots(len(cases), 2, squeeze=False, height_ratios=heights)
@@ -47,10 +47,10 @@ def draw_bars(panel, rows: list[dict], field: str, label: str, ratio_field: str,
     values = [row.get(field) or 0 for row in rows]
     colours = [COLOURS.get(row["subject"], "#2166ac") for row in rows]
     panel.barh(range(len(rows)), values, color=colours)
-    for place, row in enumerate(rows):
+    for position, row in enumerate(rows):
         if row.get(field) is not None:
             ratio = ratio_label.format(row[ratio_field]) if row.get(ratio_field) else ""
-            panel.text(row[field], place, " " + label.format(**row) + ratio, va="center", fontsize=8)
+            panel.text(row[field], position, " " + label.format(**row) + ratio, va="center", fontsize=8)
     panel.set_yticks(range(len(rows)), [f"{row['subject']}, {row['dtype']}" for row in rows], fontsize=8)
     panel.set_xlim(0, 1.35 * max(values, default=0) or 1)
     panel.invert_yaxis()

@@ -1,7 +1,8 @@
 """
-BiRefNet computed the plain way, as it is usually written: one operator per step of the definition, maps concatenated
-at full size, a mask for every window and head, torchvision's deformable convolution. It is what the benchmark measures
-the project against, and a second opinion on the project's results: it reads the same parameters and nothing else.
+BiRefNet in its usual formulation, as the baseline of the benchmark and an independent check of the project's results.
+
+One operator per step of the definition: maps are concatenated at full size, every window and head has a mask, and
+deformable convolution is torchvision's. It uses the model's parameters and none of its code.
 """
 
 import torch
@@ -26,10 +27,10 @@ OPTIONS = {
 
 def plain_logits(model, pixel_values: torch.Tensor) -> torch.Tensor:
     """
-    The logits (B, 1, H, W) of a network in evaluation mode for `pixel_values` (B, 3, H, W).
+    Compute logits (B, 1, H, W) from `pixel_values` (B, 3, H, W) with a model in evaluation mode.
 
     Raises:
-        ValueError: if the network is not one of the official ones, such as lite and general.
+        ValueError: The model's configuration is not one of the official Swin configurations, such as lite or general.
     """
     for option, value in OPTIONS.items():
         if getattr(model.config, option) != value:
@@ -76,13 +77,13 @@ def window_size_of(attention) -> int:
 
 
 def window_masks(height: int, width: int, window_size: int, like: torch.Tensor) -> torch.Tensor:
-    """(number of windows, w², w²): −inf between tokens of a shifted window from different sides of the map."""
+    """Masks (windows, w², w²): −inf between tokens of a shifted window from different sides of the map."""
     height, width = height + -height % window_size, width + -width % window_size
     shift = window_size // 2
 
-    def side(length):  # 0, 1, 2: before, within and behind the cuts at −window and −shift
-        places = torch.arange(length, device=like.device)
-        return (places >= length - window_size).long() + (places >= length - shift).long()
+    def side(length):  # 0 before the cut at −window, 1 between the cuts, 2 after the cut at −shift
+        positions = torch.arange(length, device=like.device)
+        return (positions >= length - window_size).long() + (positions >= length - shift).long()
 
     regions = 3 * side(height)[:, None] + side(width)[None, :]
     windows = partition(regions[None, :, :, None], window_size).squeeze(-1)  # (windows, w²)
@@ -177,7 +178,7 @@ def deformable_convolution(layer, maps: torch.Tensor) -> torch.Tensor:
     if deform_conv2d is None:
         return sample_tap_by_tap(maps, offsets, modulation, weight)
     operands = (maps, offsets, weight, modulation)
-    if maps.dtype == torch.bfloat16:  # which torchvision lacks
+    if maps.dtype == torch.bfloat16:  # not supported by torchvision
         operands = [operand.float() for operand in operands]
     maps_, offsets, weight, modulation = operands
     output = deform_conv2d(maps_, offsets, weight, padding=weight.shape[-1] // 2, mask=modulation)
@@ -185,7 +186,7 @@ def deformable_convolution(layer, maps: torch.Tensor) -> torch.Tensor:
 
 
 def sample_tap_by_tap(maps: torch.Tensor, offsets: torch.Tensor, modulation: torch.Tensor, weight: torch.Tensor):
-    """The same by one `grid_sample` for each tap and one matrix product over all of them."""
+    """Deformable convolution by one `grid_sample` for each kernel tap and one matrix product over all taps."""
     batch, channels, height, width = maps.shape
     kernel_size = weight.shape[-1]
     rows = torch.arange(height, device=maps.device, dtype=torch.float32)[:, None]

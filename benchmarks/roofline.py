@@ -1,4 +1,4 @@
-"""What a network costs in arithmetic, and how fast this machine can do arithmetic at best."""
+"""Arithmetic operations of a network, and the highest rate of arithmetic that this machine reaches."""
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +10,10 @@ from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
 
 def count_flop(config, batch_size: int, side: int) -> int:
     """
-    Floating-point operations of the plain formulation, a multiply-add counted twice: matrix products, convolutions,
-    attention and deformable convolutions. Counted on the meta device: nothing is computed.
+    Number of floating-point operations of the plain formulation. A multiply-add counts as two operations.
+
+    Counts matrix products, convolutions, attention and deformable convolutions on the meta device, without computing
+    them.
     """
     with torch.device("meta"):
         model = BiRefNetForImageSegmentation(config).eval()
@@ -22,11 +24,11 @@ def count_flop(config, batch_size: int, side: int) -> int:
 
 
 def deformable_convolution_formula() -> dict:
-    """PyTorch's counter knows its own operators only. Sampling is left out, as memory traffic is elsewhere."""
+    """Formula for torchvision's operator, which PyTorch's counter does not know. Sampling is not counted."""
     try:
         import torchvision  # noqa: F401  (registers the operator)
     except ImportError:
-        return {}  # then the plain formulation ends in a matrix product, which is counted
+        return {}  # without torchvision, the plain formulation uses a matrix product, which is counted
 
     def flop(input_shape, weight_shape, *arguments, out_shape=None, **options):
         return 2 * out_shape.numel() * torch.Size(weight_shape[1:]).numel()
@@ -35,7 +37,7 @@ def deformable_convolution_formula() -> dict:
 
 
 class MatrixProduct:
-    """A square matrix product, large enough to run at the machine's full rate, small enough to be timed often."""
+    """A square matrix product that is large enough for the machine's full rate and small enough for many timings."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
         side = 8192 if device.type == "cuda" else 2048

@@ -4,8 +4,8 @@
     python benchmarks/speed.py --models lite --sizes 512 1024 2048 --batches 1 8
     python benchmarks/speed.py --peer CHECKOUT --onnx FILE --json out/speed.json --picture out/speed.png
 
-All subjects of a case run in one process and in turns, so that whatever slows the machine slows them all; a matrix
-product takes its turn among them and gives the rate that the roofline is made of.
+All subjects of a case run in turns in one process, so a disturbance of the machine affects all of them alike. A matrix
+product runs in turn with them. Its rate is the roofline.
 """
 
 import argparse
@@ -45,7 +45,10 @@ COLUMNS = (
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--models", nargs="+", default=["lite", "general"], help="lite, general (drawn weights), or folders of weights"
+        "--models",
+        nargs="+",
+        default=["lite", "general"],
+        help="lite, general (random weights), or folders of weights",
     )
     parser.add_argument("--sizes", nargs="+", type=int, default=[1024], help="sides in pixels, multiples of 32")
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
@@ -53,15 +56,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--dtypes",
         nargs="+",
         choices=["float32", "bfloat16", "float16", "int8"],
-        help="default: float32 and bfloat16, on a GPU float16 as well (most CPUs have no arithmetic for it), on a CPU "
-        "that can int8 of this project",
+        help="default: float32 and bfloat16; on a GPU also float16, which most CPUs have no arithmetic for; on a CPU "
+        "with int8 arithmetic also int8 (this project only)",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    parser.add_argument("--compile", action="store_true", help="also this project under torch.compile")
-    parser.add_argument("--no-plain", action="store_true", help="leave the plain formulation out")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--compile", action="store_true", help="also measure this project under torch.compile")
+    parser.add_argument("--no-plain", action="store_true", help="do not measure the plain formulation")
     parser.add_argument("--peer", metavar="CHECKOUT", help="folder of the published code, from GitHub")
-    parser.add_argument("--onnx", metavar="FILE", nargs="+", default=[], help="exported networks of the one model")
+    parser.add_argument(
+        "--onnx", metavar="FILE", nargs="+", default=[], help="ONNX exports of the model that --models names"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each subject")
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
     parser.add_argument("--json", metavar="FILE", type=Path)
@@ -85,7 +90,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def environment(device: torch.device, threads: int) -> dict:
-    """What the numbers depend on."""
+    """The conditions of the measurement."""
     on_gpu = device.type == "cuda"
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
@@ -118,7 +123,7 @@ def commit() -> str | None:
 def subjects_of(arguments: argparse.Namespace, model: str) -> list[Subject]:
     subjects = []
     for dtype in arguments.dtypes:
-        if dtype == "int8":  # which the others do not have
+        if dtype == "int8":  # only this project has int8
             subjects.append(Subject(PROJECT, model, dtype, arguments.device))
             continue
         kinds = [PROJECT, *([COMPILED] if arguments.compile else []), *([] if arguments.no_plain else [PLAIN])]
@@ -140,7 +145,7 @@ def measure_case(arguments: argparse.Namespace, model: str, side: int, batch: in
         row |= {"flop": flop, "error": None, "times": []}
         rows.append(row)
         try:
-            # Memory comes first: a subject that needs too much falls there, in a process of its own.
+            # Measure memory first, in a separate process: a subject that runs out of memory fails there.
             if not arguments.no_memory and device.type == "cpu":
                 row["memory"] = peak_on_cpu(subject, tuple(pixel_values.shape), arguments.threads)
             run = subject.build(networks.get(subject.dtype))
@@ -150,7 +155,7 @@ def measure_case(arguments: argparse.Namespace, model: str, side: int, batch: in
             if not arguments.no_memory and device.type == "cuda":
                 row["memory"] = peak_on_gpu(run, pixel_values)
             runs[subject] = (run, row)
-        except Exception as error:  # of whatever kind: it stands in the table, and the others go on
+        except Exception as error:  # any error: report it in the table and continue with the other subjects
             row["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
     products = {name: MatrixProduct(device, getattr(torch, name)) for name in arguments.dtypes if name != "int8"}
     rates = run_in_turns(list(runs.values()), products, pixel_values, arguments.repeats)
@@ -179,7 +184,7 @@ def run_once(run, *inputs) -> torch.Tensor:
 
 
 def run_in_turns(runs: list, products: dict[str, MatrixProduct], pixel_values, repeats: int) -> dict[str, float]:
-    """Fills the rows' `times`, every other round backwards; returns the matrix products' rates in FLOP/s."""
+    """Fill the rows' `times`, in alternating order. Returns the rates of the matrix products in FLOP/s."""
     product_times = {dtype: [] for dtype in products}
     for product in products.values():
         run_once(product)
@@ -197,7 +202,11 @@ def run_in_turns(runs: list, products: dict[str, MatrixProduct], pixel_values, r
 
 
 def compare_mattes(mattes: dict[Subject, torch.Tensor], rows: dict[Subject, dict]):
-    """Mean absolute difference of each matte to the plain one in float32, where there is one. ONNX has its weights."""
+    """
+    Mean absolute difference of each matte from the plain formulation's in float32.
+
+    ONNX files have weights of their own and are not compared.
+    """
     reference = next((s for kind in (PLAIN, PROJECT) for s in mattes if (s.kind, s.dtype) == (kind, "float32")), None)
     for subject, matte in mattes.items():
         if reference is not None and subject != reference and subject.kind != "onnx":
@@ -205,7 +214,7 @@ def compare_mattes(mattes: dict[Subject, torch.Tensor], rows: dict[Subject, dict
 
 
 def derive(row: dict, rows: list[dict], rates: dict[str, float]):
-    """Adds what follows from a row's own measurements and those of the rows that it is compared with."""
+    """Compute a row's ratios from its own measurements and those of the other rows."""
 
     def other(subject, dtype):
         return next((r for r in rows if (r["subject"], r["dtype"]) == (subject, dtype) and r["times"]), None)
@@ -232,7 +241,7 @@ def derive(row: dict, rows: list[dict], rates: dict[str, float]):
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown, aligned; columns that are empty throughout are left out."""
+    """The rows as an aligned Markdown table without empty columns."""
     cells = [[cell(row, template) for _, template in COLUMNS] for row in rows]
     shown = [i for i in range(len(COLUMNS)) if any(line[i] != "-" for line in cells)]
     lines = [[COLUMNS[i][0] for i in shown], *([line[i] for i in shown] for line in cells)]
@@ -264,7 +273,7 @@ def main():
                 print(
                     f"\n{model}, {side}², batch {batch}: {case[0]['flop'] / 1e9:.0f} GFLOP\n{table(case)}", flush=True
                 )
-                if arguments.json:  # after every case: a long run may be cut short
+                if arguments.json:  # after every case, because a long run may be interrupted
                     arguments.json.parent.mkdir(parents=True, exist_ok=True)
                     arguments.json.write_text(json.dumps({"environment": about, "rows": rows}, indent=1) + "\n")
     if arguments.picture:

@@ -15,7 +15,7 @@ from pathlib import Path
 from end_to_end import draw_photos
 
 
-# Runs the command as its console script does, up to the network, whose first call ends the process.
+# Runs the command as its console script does. The first call of the network ends the process.
 PROBE = """
 import os, sys, time
 import birefnet.cutout.command as cutout
@@ -38,7 +38,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def measure(photo: Path, options: list[str]) -> dict[str, float]:
-    """Seconds from the start of the process until the model is loaded, and until the network is called."""
+    """Seconds from process start until the model is loaded, and until the network is called."""
     command = [sys.executable, "-c", PROBE, "cutout", str(photo), "-o", str(photo.with_suffix(".png")), *options]
     start = time.time()
     done = subprocess.run(command, capture_output=True, text=True)
@@ -50,8 +50,10 @@ def measure(photo: Path, options: list[str]) -> dict[str, float]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs, after one that warms the disk's cache")
-    parser.add_argument("options", nargs="*", help="further options of `birefnet cutout`, behind --")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="timed runs, after one untimed run that fills the disk cache"
+    )
+    parser.add_argument("options", nargs="*", help="further options of `birefnet cutout`, after --")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         [photo] = draw_photos(Path(folder), 1, 4, 4)

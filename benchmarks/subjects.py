@@ -1,4 +1,4 @@
-"""What the benchmark compares: each subject maps normalised images (B, 3, H, W) to logits (B, 1, H, W)."""
+"""Subjects of the benchmark. Each maps normalised images (B, 3, H, W) to logits (B, 1, H, W)."""
 
 import importlib
 import os
@@ -23,20 +23,20 @@ PROJECT, COMPILED = "this project", "this project, compiled"
 
 @dataclass(frozen=True)
 class Subject:
-    """One thing to measure; picklable, so that it can be built in a process of its own."""
+    """One implementation to measure. It can be pickled, to be built in a separate process."""
 
     kind: str
     model: str  # "lite", "general", or a folder or file of weights
     dtype: str
     device: str
-    path: str | None = None  # of the published code's checkout, or of the ONNX file
+    path: str | None = None  # checkout of the published code, or ONNX file
 
     @property
     def name(self) -> str:
         return f"ONNX Runtime, {Path(self.path).name}" if self.kind == "onnx" else self.kind
 
     def build(self, model: BiRefNetForImageSegmentation | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The subject ready to run; `model` is one of this name, dtype and device that exists already."""
+        """The subject as a function. `model` is an existing model of this name, dtype and device."""
         if self.kind == "onnx":
             return onnx_session(self.path)
         if model is None:
@@ -58,8 +58,8 @@ def configuration(model: str) -> BiRefNetConfig:
 
 
 def load_model(name: str, dtype: str, device: str) -> BiRefNetForImageSegmentation:
-    """The network in evaluation mode; lite and general have drawn weights, which cost the same as trained ones."""
-    transformers.utils.logging.set_verbosity_error()  # drawn weights have no index buffers, which is not worth a table
+    """The network in evaluation mode. Lite and general have random weights, which take as long as trained weights."""
+    transformers.utils.logging.set_verbosity_error()  # no report of the index buffers that random weights lack
     transformers.utils.logging.disable_progress_bar()
     if name in BACKBONES:
         config = configuration(name)
@@ -73,8 +73,10 @@ def load_model(name: str, dtype: str, device: str) -> BiRefNetForImageSegmentati
 
 def drawn_weights(config: BiRefNetConfig) -> dict[str, torch.Tensor]:
     """
-    Weights that keep activations at order one and spread the offsets of the deformable convolutions over a few pixels,
-    as training does; PyTorch's own initialisation leaves them at zero, where sampling is cheaper than ever after.
+    Random weights that keep activations at order one and give deformable convolutions offsets of a few pixels.
+
+    Trained weights have such offsets. With PyTorch's initialisation, offsets are zero, and sampling is faster than
+    with trained weights.
     """
     with torch.device("meta"):
         shapes = BiRefNetForImageSegmentation(config).state_dict()
@@ -95,12 +97,13 @@ def drawn_weights(config: BiRefNetConfig) -> dict[str, torch.Tensor]:
 
 def published_code(checkout: str, model: BiRefNetForImageSegmentation) -> Callable[[torch.Tensor], torch.Tensor]:
     """
-    The published network, imported from the user's checkout of its GitHub repository, with the weights of `model`. In
-    float16 its weights are cast; bfloat16, which its deformable convolution lacks, runs under autocast, as in its own
-    inference script.
+    The published network with the weights of `model`, imported from a checkout of its GitHub repository.
+
+    In float16 its weights are cast. In bfloat16, which its deformable convolution does not support, it runs under
+    autocast, as in its own inference script.
 
     Raises:
-        ValueError: if `checkout` holds no such repository.
+        ValueError: `checkout` is no checkout of that repository.
     """
     folder = Path(checkout).resolve()
     if not (folder / "config.py").is_file() or not (folder / "models" / "birefnet.py").is_file():
@@ -119,7 +122,7 @@ def published_code(checkout: str, model: BiRefNetForImageSegmentation) -> Callab
 
 
 def import_published_network(folder: Path, backbone: str):
-    """Its class. Options are constants of its `config.Config`, which every module reads as it is imported."""
+    """The published class. Its options are constants of `config.Config`, which every module reads on import."""
     for name in [name for name in sys.modules if name.split(".")[0] in ("config", "dataset", "models", "image_proc")]:
         del sys.modules[name]
     sys.path.insert(0, str(folder))
@@ -142,10 +145,10 @@ def import_published_network(folder: Path, backbone: str):
 
 def onnx_session(file: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """
-    An ONNX Runtime session of an exported network of one input and, first, one output.
+    An ONNX Runtime session as a function. The exported network has one input, and logits as its first output.
 
     Raises:
-        ValueError: on a call with a shape other than the graph's.
+        ValueError: The function is called with another shape than the graph's fixed shape.
     """
     import onnxruntime
 

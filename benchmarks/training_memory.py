@@ -1,11 +1,11 @@
-"""Peak memory of training, measured: of one setting, or of those that people choose between, as a Markdown table.
+"""Peak memory of training, as a Markdown table: of one setting, or of several common settings.
 
     python benchmarks/training_memory.py
     python benchmarks/training_memory.py --backbone swin_v1_t --resolution 512 --bf16 --gradient-checkpointing
 
-Two updates with AdamW are made, since its moments come with the first. On a GPU the peak is what PyTorch's allocator
-had handed out; on a CPU it is the largest resident size of a process that does nothing else, less its size before the
-network was built.
+Each measurement makes two updates with AdamW, which allocates its moments in the first. On a GPU, the peak is that of
+PyTorch's allocator. On a CPU, it is the peak resident size of a separate process, less its size before the network was
+built.
 """
 
 import argparse
@@ -39,12 +39,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--lora-rank", type=int)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--one", action="store_true", help="measure this setting alone, not the table")
+    parser.add_argument("--one", action="store_true", help="measure this setting only, not the table")
     return parser.parse_args()
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Largest memory in use so far."""
+    """Peak memory so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -63,7 +63,7 @@ def build_model(arguments: argparse.Namespace, device: torch.device):
 
 
 def measure(arguments: argparse.Namespace) -> tuple[int, float]:
-    """Peak bytes of two updates, and seconds of the second."""
+    """Peak bytes of two updates, and seconds of the second update."""
     device = torch.device(arguments.device)
     before = peak_bytes(device)
     model = build_model(arguments, device)

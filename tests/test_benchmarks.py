@@ -138,7 +138,7 @@ def test_default_dtypes_are_those_of_the_device(benchmark, device, expected, mon
 
 @pytest.mark.skipif(obstacle(torch.device("cpu")) is not None, reason=str(obstacle(torch.device("cpu"))))
 def test_a_model_in_int8(benchmark, tiny_model_folder, monkeypatch):
-    monkeypatch.setattr(quantization, "FEWEST_MULTIPLICATIONS", 1)
+    monkeypatch.setattr(quantization, "MINIMUM_MULTIPLICATIONS", 1)
     subjects, pixel_values = benchmark("subjects"), torch.randn(1, 3, 64, 64)
     logits = {
         dtype: subjects.Subject(subjects.PROJECT, str(tiny_model_folder), dtype, "cpu").build()(pixel_values)

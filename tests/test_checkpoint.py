@@ -1,4 +1,4 @@
-"""Checkpoints as others write them."""
+"""Checkpoints from elsewhere: wrappers, index buffers, inferred configurations, damaged files."""
 
 import pytest
 import torch
@@ -75,7 +75,7 @@ def test_index_buffers_in_half_precision_or_missing(model, tmp_path):
         {"backbone": "swin_v1_s"},
     ],
 )
-def test_the_configuration_is_told_by_the_tensors(fields):
+def test_the_configuration_is_inferred_from_the_tensors(fields):
     fields = {**FIELDS, **fields}
     with torch.device("meta"):
         state_dict = BiRefNetForImageSegmentation(BiRefNetConfig(**fields)).state_dict()
@@ -84,14 +84,14 @@ def test_the_configuration_is_told_by_the_tensors(fields):
 
 
 @pytest.mark.parametrize("multi_scale_input", ["add", None])
-def test_what_the_tensors_do_not_tell_is_asked_for(multi_scale_input):
+def test_fields_that_the_tensors_do_not_determine_have_to_be_given(multi_scale_input):
     state_dict = empty_model(multi_scale_input=multi_scale_input).state_dict()
-    with pytest.raises(ValueError, match="multi_scale_input cannot be told"):
+    with pytest.raises(ValueError, match="multi_scale_input cannot be inferred"):
         config_from_state_dict(state_dict)
     assert config_from_state_dict(state_dict, multi_scale_input=multi_scale_input).context_levels == 3
 
 
-def test_another_backbone_is_refused_by_name(model, tmp_path):
+def test_another_backbone_is_refused_with_its_name(model, tmp_path):
     assert backbone_of(model.state_dict()) == "swin_v1_t"
     with pytest.raises(ValueError, match="'swin_v1_t'.*model has 'swin_v1_s'"):
         empty_model(backbone="swin_v1_s").load_state_dict(model.state_dict())
@@ -101,7 +101,7 @@ def test_another_backbone_is_refused_by_name(model, tmp_path):
         BiRefNetForImageSegmentation.from_pretrained(path, config=BiRefNetConfig())
 
 
-def test_the_old_layout_is_refused_with_its_name(model, tmp_path):
+def test_the_old_layout_is_refused_with_its_date(model, tmp_path):
     old = {key: value for key, value in model.state_dict().items() if "ipt_blk5" not in key}
     with pytest.raises(ValueError, match=r"old layout .*before 2 May 2024"):
         empty_model().load_state_dict(old)
@@ -111,7 +111,7 @@ def test_the_old_layout_is_refused_with_its_name(model, tmp_path):
         BiRefNetForImageSegmentation.from_pretrained(path)
 
 
-def test_files_that_are_no_checkpoint_are_refused(tmp_path):
+def test_other_files_are_refused(tmp_path):
     class Anything:
         pass
 

@@ -1,4 +1,4 @@
-"""BiRefNetConfig: the published defaults, validation, and its way through JSON."""
+"""BiRefNetConfig: published defaults, validation, saving and loading."""
 
 import json
 
@@ -59,7 +59,7 @@ def test_round_trip_through_json(tmp_path):
     assert written["custom_pipelines"]["background-removal"]["impl"] == "pipeline_birefnet.BiRefNetPipeline"
 
 
-def test_entries_of_another_repository_are_not_kept():
+def test_auto_map_of_another_repository_is_replaced():
     config = BiRefNetConfig(auto_map={"AutoModel": "someone/else--modeling_birefnet.BiRefNetForImageSegmentation"})
     assert config.auto_map["AutoModel"] == "modeling_birefnet.BiRefNetForImageSegmentation"
 

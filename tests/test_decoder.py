@@ -1,4 +1,4 @@
-"""The decoder's blocks against what they are defined as."""
+"""The decoder's blocks against direct formulations."""
 
 import pytest
 import torch
@@ -9,8 +9,8 @@ from birefnet.repository.layers_birefnet import resize
 
 
 @pytest.mark.parametrize("scales", ["concat", "add", None])
-def test_lateral_block_equals_convolving_the_joined_map(scales):
-    """As published: both scales joined at full size, convolved, and added to the resized deeper map."""
+def test_lateral_block_equals_convolving_the_combined_map(scales):
+    """The published order: combine both scales at full size, convolve, add the resized deeper map."""
     torch.manual_seed(0)
     full, half, deeper = torch.randn(2, 6, 10, 14), torch.randn(2, 6, 5, 7), torch.randn(2, 12, 5, 7)
     block = LateralBlock(12 if scales == "concat" else 6, 12)
@@ -22,7 +22,7 @@ def test_lateral_block_equals_convolving_the_joined_map(scales):
 
 
 @pytest.mark.parametrize("kind", ["basic", "residual"])
-def test_decoder_block_takes_its_input_in_parts_and_lets_go_of_them(kind):
+def test_decoder_block_takes_its_input_in_parts_and_frees_them(kind):
     torch.manual_seed(0)
     block = DecoderBlock(BiRefNetConfig(decoder_channels=8), 10, 4, kind).eval()
     whole = torch.randn(2, 10, 6, 7)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from birefnet.repository import layers_birefnet
+from birefnet.repository import hardware_birefnet
 from birefnet.repository.deformable_birefnet import (
     ASPP,
     ASPPDeformable,
@@ -28,8 +28,8 @@ def example(kernel_size, batch=2, channels=4, height=9, width=11, out_channels=5
     )
 
 
-def plain(hidden_states, offsets, modulator, weight):
-    """The definition, pixel by pixel."""
+def direct_formulation(hidden_states, offsets, modulator, weight):
+    """Deformable convolution computed pixel by pixel."""
     batch, _, height, width = hidden_states.shape
     out_channels, _, kernel_size, _ = weight.shape
     modulation = 2 * torch.sigmoid(modulator)
@@ -57,10 +57,10 @@ def plain(hidden_states, offsets, modulator, weight):
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3])
-def test_deformable_convolution_equals_its_definition(kernel_size):
+def test_deformable_convolution_equals_the_direct_formulation(kernel_size):
     arguments = example(kernel_size, batch=1, height=5, width=6, dtype=torch.float64)
     found = deformable_convolution(*arguments)
-    assert (found - plain(*arguments)).abs().max() < 1e-12
+    assert (found - direct_formulation(*arguments)).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3, 7])
@@ -74,20 +74,20 @@ def test_deformable_convolution_equals_torchvision(kernel_size):
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-def test_zero_offsets_and_modulator_make_an_ordinary_convolution():
+def test_zero_offsets_and_modulator_give_an_ordinary_convolution():
     hidden_states, offsets, modulator, weight = example(3)
     found = deformable_convolution(hidden_states, 0 * offsets, 0 * modulator, weight)
     assert torch.allclose(found, F.conv2d(hidden_states, weight, padding=1), atol=1e-5)
 
 
-def test_places_far_outside_and_at_the_border_count_as_zero():
+def test_sampling_locations_outside_the_map_count_as_zero():
     hidden_states, offsets, modulator, weight = example(1)
     far = torch.full_like(offsets, 1e30)
     assert (deformable_convolution(hidden_states, far, modulator, weight) == 0).all()
     assert (deformable_convolution(hidden_states, -far, modulator, weight) == 0).all()
 
 
-def test_what_is_not_a_number_stays_that_and_reads_nothing_beyond_the_map():
+def test_nan_offsets_give_nan_and_read_nothing_outside_the_map():
     hidden_states, offsets, modulator, weight = example(1)
     offsets[0, 0, 1, 2] = torch.nan
     found = deformable_convolution(hidden_states, offsets, modulator, weight)
@@ -98,7 +98,7 @@ def test_deformable_convolution_is_differentiable():
     hidden_states, offsets, modulator, weight = example(
         3, batch=1, channels=2, height=4, width=3, out_channels=2, dtype=torch.float64, spread=0.3
     )
-    offsets = offsets.clamp(-0.4, 0.4) + 0.5  # away from whole pixels, where bilinear sampling has a kink
+    offsets = offsets.clamp(-0.4, 0.4) + 0.5  # not at whole pixels, where bilinear sampling has no derivative
     inputs = [tensor.detach().requires_grad_() for tensor in (hidden_states, offsets, modulator, weight)]
     assert torch.autograd.gradcheck(deformable_convolution, inputs)
 
@@ -112,7 +112,7 @@ def test_deformable_convolution_is_differentiable():
         ({3: (5, 4, 2, 2)}, "odd k"),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused(change, message):
+def test_wrong_shapes_are_refused(change, message):
     arguments = list(example(3))
     for index, shape in change.items():
         arguments[index] = torch.zeros(shape)
@@ -121,7 +121,7 @@ def test_shapes_that_do_not_fit_are_refused(change, message):
 
 
 @pytest.mark.parametrize("pyramid", [ASPP, ASPPDeformable])
-def test_pyramid_pooling_equals_its_definition_in_tiles_and_whole(pyramid, monkeypatch):
+def test_pyramid_pooling_equals_the_direct_formulation_with_any_tile_size(pyramid, monkeypatch):
     torch.manual_seed(0)
     module = pyramid(6).eval()
     for parameter in module.parameters():
@@ -137,11 +137,11 @@ def test_pyramid_pooling_equals_its_definition_in_tiles_and_whole(pyramid, monke
     expected = F.relu(module.bn1(module.conv1(torch.cat([*branches, pooled], dim=1))))
     assert (module(hidden_states) - expected).abs().max() < 1e-5 * expected.abs().max()
 
-    monkeypatch.setattr(layers_birefnet, "CPU_TILE_BYTES", 1)  # row by row
+    monkeypatch.setattr(hardware_birefnet, "CPU_TILE_BYTES", 1)  # one row per tile
     assert (module(hidden_states) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-def test_offsets_and_modulator_are_those_of_their_convolutions():
+def test_offsets_and_modulator_equal_their_own_convolutions():
     torch.manual_seed(0)
     module, hidden_states = DeformableConvolution(3, 4, 3), torch.randn(1, 3, 5, 6)
     offsets, modulator = module.offsets_and_modulator(hidden_states)

@@ -1,4 +1,4 @@
-"""Losses against plain formulations, their gradients, and the schedule of their weights."""
+"""Losses against direct formulations, gradients of the losses, and the schedule of their weights."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def test_laplacian_equals_kornia():
     assert (image_laplacian(image) - expected).abs().max() < 1e-6
 
 
-def test_terms_are_weighted_and_left_out_at_weight_zero():
+def test_terms_are_weighted_and_omitted_at_weight_zero():
     logits, labels = torch.randn(2, 1, 8, 8), maps(size=(2, 1, 16, 16))[1]
     terms = BiRefNetLoss(dict(TASK_LOSS_WEIGHTS["dis"])).pixel_terms(logits, labels)
     assert set(terms) == {"bce", "iou", "ssim"}
@@ -80,7 +80,7 @@ def test_total_is_the_sum_of_its_terms_and_the_gradient_loss():
     assert silent.item() == 0
 
 
-def test_weights_of_the_last_epochs_depend_on_the_epoch_alone():
+def test_weights_of_the_last_epochs_follow_the_published_schedule():
     assert loss_weights_at_epoch("general", 179, 200) == TASK_LOSS_WEIGHTS["general"]
     third = loss_weights_at_epoch("general", 182, 200)
     assert third == pytest.approx({"bce": 0, "iou": 0.5 * 0.5**3, "ssim": 10, "mae": 100 * 0.9**3})
@@ -91,7 +91,7 @@ def test_weights_of_the_last_epochs_depend_on_the_epoch_alone():
     assert loss_weights_at_epoch("general", 199, 200, last_epochs=0) == TASK_LOSS_WEIGHTS["general"]
 
 
-def test_overrides_replace_the_task_and_wrong_arguments_are_refused():
+def test_overrides_replace_the_task_weights_and_wrong_arguments_are_refused():
     assert task_loss_weights("general", {"mae": 2}) == {"bce": 0, "iou": 0, "ssim": 0, "mae": 2}
     with pytest.raises(ValueError, match="'video'.*dis"):
         loss_weights_at_epoch("video", 0, 10)

@@ -1,4 +1,4 @@
-"""The network against the published model's outputs, and as a transformers model."""
+"""The network against outputs of the published model, and its behaviour as a transformers model."""
 
 import copy
 import gzip
@@ -21,12 +21,15 @@ from . import reference_weights
 FIXTURES = Path(__file__).parent / "fixtures"
 MANIFESTS = json.loads(gzip.decompress((FIXTURES / "reference.json.gz").read_bytes()))
 REFERENCE = load_file(FIXTURES / "reference.safetensors")  # maps wider than 64: every 4th row from 1, column from 2
-TOLERANCE = 2e-5  # of the standard deviation
+TOLERANCE = 2e-5  # in standard deviations
+# Gradient targets in float32. Second differences of logits amplify rounding errors: those of the published model alone
+# reach 1.5e-5, and those of this model depend on the processor's order of summation (1.6e-5 and 2.5e-5 were measured).
+GRADIENT_TARGET_TOLERANCE = 4e-5
 
 
 @pytest.fixture(scope="module")
 def reference_model():
-    """Models with the reference weights; the last one is kept, since several tests use the same."""
+    """Builds models with the reference weights. Keeps the last one, because several tests use it."""
     kept = {}
 
     def build(name):
@@ -84,7 +87,7 @@ def test_odd_and_large_sizes_and_features_equal_the_published_model(reference_mo
 
 
 def deterministic_training(model):
-    """Training mode with every norm, dropout and stochastic depth in evaluation mode, as the reference was made."""
+    """Training mode, with norms, dropout and stochastic depth in evaluation mode as for the reference."""
     model.train()
     for module in model.modules():
         if isinstance(module, (torch.nn.BatchNorm2d, torch.nn.Dropout)) or type(module).__name__ == "DropPath":
@@ -108,14 +111,12 @@ def test_training_outputs_equal_the_published_model(name, reference_model):
     for i, value in enumerate(output.gradient_logits or ()):
         assert difference(name, f"train.gradient_logits.{i}", value) < TOLERANCE
     for i, value in enumerate(output.gradient_targets or ()):
-        # 1.6e-5 at most on AVX-512. The reference's own rounding takes most of it (the next test is without ours), so
-        # that a processor that sums in another order may come out above.
-        assert difference(name, f"train.gradient_target.{i}", value) < TOLERANCE
+        assert difference(name, f"train.gradient_target.{i}", value) < GRADIENT_TARGET_TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["swin_v1_l", "swin_v1_t"])
 def test_gradient_targets_in_float64_equal_the_published_model(name, reference_model):
-    """Without this side's rounding what is left is the published float32 model's own."""
+    """In float64 this model has no rounding error. The difference is the published float32 model's."""
     model = deterministic_training(copy.deepcopy(reference_model(name)).double())
     with torch.no_grad():
         output = model(reference_weights.image("train", 2, 128, 160))
@@ -150,7 +151,7 @@ def test_losses_and_gradients_equal_the_published_training(name, reference_model
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# As a transformers model, on a network that keeps every kind of module but is small
+# Behaviour as a transformers model, on a small network with every kind of module
 # ------------------------------------------------------------------------------------------------------------------
 
 
@@ -158,7 +159,7 @@ def test_losses_and_gradients_equal_the_published_training(name, reference_model
 def small_model():
     torch.manual_seed(0)
     model = BiRefNetForImageSegmentation(BiRefNetConfig(backbone="swin_v1_t", decoder_channels=8))
-    for module in model.modules():  # offsets and modulation start at zero, which would hide half of the operation
+    for module in model.modules():  # zero offsets and modulation would not test the sampling
         if hasattr(module, "offset_conv"):
             torch.nn.init.normal_(module.offset_conv.weight, std=0.3)
             torch.nn.init.normal_(module.modulator_conv.weight, std=0.3)
@@ -191,7 +192,7 @@ def test_eager_and_sdpa_attention_agree(small_model):
     assert (found - expected).abs().max() < 1e-5 * expected.std()
 
 
-def test_save_and_load_keep_weights_dtypes_and_code(small_model, tmp_path):
+def test_saving_and_loading_keep_weights_dtypes_and_code(small_model, tmp_path):
     small_model.save_pretrained(tmp_path)
     assert not list(tmp_path.glob("*.bin"))
     code = {path.name for path in repository_folder().glob("*_birefnet.py")}
@@ -203,15 +204,14 @@ def test_save_and_load_keep_weights_dtypes_and_code(small_model, tmp_path):
     ):
         assert key == other_key and value.dtype == other.dtype and torch.equal(value, other)
     images = example()
-    with (
-        torch.inference_mode()
-    ):  # not to the bit: a file's tensors lie elsewhere in memory, and sums run in other order
+    with torch.inference_mode():
         expected, found = small_model(images).logits, loaded.eval()(images).logits
+    # Not equal to the bit: tensors with another alignment in memory are summed in another order.
     assert (found - expected).abs().max() < 1e-5 * expected.std()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_inputs_follow_the_dtype_of_the_weights(small_model, dtype, tmp_path):
+def test_inputs_are_cast_to_the_dtype_of_the_weights(small_model, dtype, tmp_path):
     copy.deepcopy(small_model).to(dtype).save_pretrained(tmp_path)
     model = BiRefNetForImageSegmentation.from_pretrained(tmp_path)  # dtype="auto" is the default
     assert model.dtype == dtype
@@ -234,8 +234,8 @@ def test_from_pretrained_builds_on_the_meta_device_without_a_warning(small_model
         assert BiRefNetForImageSegmentation(small_model.config).dtype == torch.float32
 
 
-@pytest.mark.parametrize("memory", ["2MB", "40MB"], ids=["all on the disk", "in part on the disk"])
-def test_weights_on_the_disk_compute_the_same(small_model, memory, tmp_path):
+@pytest.mark.parametrize("memory", ["2MB", "40MB"], ids=["all offloaded", "partly offloaded"])
+def test_offloaded_weights_give_the_same_output(small_model, memory, tmp_path):
     pytest.importorskip("accelerate", reason="it offloads the weights")
     small_model.save_pretrained(tmp_path / "model")
     options = {"device_map": "auto", "max_memory": {"cpu": memory}, "offload_folder": str(tmp_path / "offload")}
@@ -247,7 +247,7 @@ def test_weights_on_the_disk_compute_the_same(small_model, memory, tmp_path):
 
 
 def enable_checkpointing(model):
-    """By its newer name in transformers where there is one: the older one warns there."""
+    """Use the newer name where transformers has it, because the older name warns there."""
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
 
@@ -294,7 +294,7 @@ def test_frozen_backbone_has_no_gradients_also_after_loading(tmp_path):
     assert all(parameter.grad is not None for parameter in model.decoder.parameters())
 
 
-def test_training_on_one_image_takes_the_running_statistics_where_it_has_none(small_model):
+def test_training_on_one_image_uses_running_statistics_for_the_pooled_branch(small_model):
     model = copy.deepcopy(small_model).train()
     model(example(1, 32, 64), labels=torch.rand(1, 32, 64)).loss.backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
@@ -375,7 +375,7 @@ def test_wrong_labels_are_refused(small_model, labels, message):
 def test_timm_backbones(backbone, strides, tmp_path):
     pytest.importorskip("timm", reason="the backbone is timm's")
     fields = {"decoder_channels": 8, "decoder_attention": None, "source_reference": "image"}
-    if strides is None:  # a fixed input size: the half-size image cannot pass
+    if strides is None:  # the model has a fixed input size, so it cannot take the half-size image
         fields["multi_scale_input"] = None
     model = BiRefNetForImageSegmentation(BiRefNetConfig(backbone=backbone, **fields)).eval()
     side = 64 if strides else 224
@@ -398,7 +398,7 @@ def test_unfit_timm_backbones_are_refused_with_the_reason():
 
 @pytest.fixture(scope="module")
 def single_scale_model(small_model):
-    """Half of the graph, for what takes long with graphs."""
+    """A single scale halves the graph, which makes tracing faster."""
     config = BiRefNetConfig(backbone="swin_v1_t", decoder_channels=8, multi_scale_input=None)
     return BiRefNetForImageSegmentation(config).eval()
 

@@ -208,8 +208,8 @@ def test_converting_an_old_file_of_the_lite_size_tells_its_backbone(lite, tmp_pa
 @pytest.mark.parametrize(
     ("contents", "words"),
     [
-        (b"not a checkpoint", "bad.pth is no checkpoint of tensors alone"),
-        (b"", "bad.pth is no checkpoint of tensors alone"),
+        (b"not a checkpoint", "bad.pth is not a checkpoint of tensors"),
+        (b"", "bad.pth is not a checkpoint of tensors"),
     ],
 )
 def test_a_bad_file_is_refused_and_nothing_is_written(contents, words, tmp_path, capsys):

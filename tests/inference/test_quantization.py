@@ -1,4 +1,4 @@
-"""int8 on CPUs: each operation against a slow version of it, whole networks against float32, and the command line."""
+"""int8 on CPUs: operations against simulated quantization, whole networks against float32, the command line."""
 
 import copy
 import json
@@ -25,27 +25,27 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture
-def whatever_size(monkeypatch):
-    """int8 also where it does not pay, for the networks of tests are small."""
-    monkeypatch.setattr(quantization, "FEWEST_USES", 1)
-    monkeypatch.setattr(quantization, "FEWEST_MULTIPLICATIONS", 1)
+def any_size(monkeypatch):
+    """Use int8 at any size, because the networks of these tests are small."""
+    monkeypatch.setattr(quantization, "MINIMUM_USES", 1)
+    monkeypatch.setattr(quantization, "MINIMUM_MULTIPLICATIONS", 1)
 
 
 def draw(*shape, seed=0):
-    """Numbers whose levels are 1/32 apart, as they reach from -127 to 127 of them, and which lie halfway at most."""
+    """Random numbers in [-127/32, 127/32], in steps of a quarter of the quantization step 1/32."""
     numbers = torch.randint(-508, 509, shape, generator=torch.Generator().manual_seed(seed)) / 4
     numbers.view(-1)[:2] = torch.tensor([-127.0, 127.0])
     return numbers / 32
 
 
-def rounded_activations(values):
-    """The numbers that the levels stand for, in float64."""
+def dequantized_activations(values):
+    """The values after quantization and dequantization, in float64."""
     values = values.double().numpy()
     scale = (max(values.max(), 0) - min(values.min(), 0)) / 254
     return torch.from_numpy(np.floor(values / scale + 0.5) * scale)
 
 
-def rounded_weight(weight):
+def dequantized_weight(weight):
     weight = weight.double().numpy()
     scales = np.stack([np.abs(channel).max() for channel in weight]).reshape(-1, *[1] * (weight.ndim - 1)) / 127
     return torch.from_numpy(np.round(weight / scales) * scales)
@@ -55,11 +55,11 @@ def in_int8(function, *arguments, **options):
     """The result, and whether it was computed in int8."""
     with torch.no_grad(), Int8Arithmetic() as arithmetic:
         result = function(*arguments, **options)
-    return result, len(arithmetic.packed) > 0
+    return result, len(arithmetic.prepacked) > 0
 
 
 def assert_equal(found, expected, dtype):
-    """Up to the rounding of sums in float32, or of results in bfloat16."""
+    """Equal except for the rounding of sums in float32, or of results in bfloat16."""
     assert found.dtype == dtype
     assert found.shape == expected.shape
     allowed = 1e-5 * expected.std() + (2**-8 * expected.abs() if dtype == torch.bfloat16 else 0)
@@ -70,11 +70,13 @@ def assert_equal(found, expected, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(70, 40), (3, 5, 7, 40), (1, 40)])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_linear(whatever_size, dtype, shape, with_bias):
+def test_linear(any_size, dtype, shape, with_bias):
     rows, weight = draw(*shape).to(dtype), draw(24, 40, seed=1).to(dtype)
     bias = draw(24, seed=2).to(dtype) if with_bias else None
     found, was_int8 = in_int8(F.linear, rows, weight, bias)
-    expected = F.linear(rounded_activations(rows), rounded_weight(weight), bias.double() if with_bias else None)
+    expected = F.linear(
+        dequantized_activations(rows), dequantized_weight(weight), bias.double() if with_bias else None
+    )
     assert was_int8
     assert_equal(found, expected, dtype)
     exact = F.linear(rows.double(), weight.double(), bias.double() if with_bias else None)
@@ -94,13 +96,15 @@ def test_linear(whatever_size, dtype, shape, with_bias):
         (32, 7, {"padding": (3, 3), "stride": (1, 1)}),
     ],
 )
-def test_convolution(whatever_size, dtype, memory, channels, kernel, options):
+def test_convolution(any_size, dtype, memory, channels, kernel, options):
     maps = draw(2, channels, 16, 12).to(dtype, memory_format=memory)
     weight, bias = draw(24, channels, kernel, kernel, seed=1).to(dtype), draw(24, seed=2).to(dtype)
     found, was_int8 = in_int8(F.conv2d, maps, weight, bias, **options)
     assert was_int8
     assert found.is_contiguous(memory_format=torch.channels_last)
-    assert_equal(found, F.conv2d(rounded_activations(maps), rounded_weight(weight), bias.double(), **options), dtype)
+    assert_equal(
+        found, F.conv2d(dequantized_activations(maps), dequantized_weight(weight), bias.double(), **options), dtype
+    )
 
 
 @needs_int8
@@ -115,7 +119,7 @@ def test_convolution(whatever_size, dtype, memory, channels, kernel, options):
         (F.linear, (torch.zeros(9, 8), draw(8, 8)), {}),
     ],
 )
-def test_what_stays_in_floating_point(whatever_size, function, arguments, options):
+def test_other_operations_stay_in_floating_point(any_size, function, arguments, options):
     found, was_int8 = in_int8(function, *arguments, **options)
     assert not was_int8
     assert torch.equal(found, function(*arguments, **options))
@@ -131,8 +135,8 @@ def test_small_operations_stay_in_floating_point():
 
 @needs_int8
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_numbers_that_are_not_finite_stay_so(whatever_size, bad):
-    """They must not come out as ordinary numbers, wherever they stand."""
+def test_nan_and_infinity_propagate(any_size, bad):
+    """NaN and infinity in activations or weights must not become ordinary numbers."""
     rows, weight = draw(70, 40), draw(24, 40, seed=1)
     rows[3, 5] = bad
     found, _ = in_int8(F.linear, rows, weight)
@@ -154,12 +158,12 @@ def test_numbers_that_are_not_finite_stay_so(whatever_size, bad):
         torch.linspace(-1e-20, 1e30, 999),
         torch.linspace(-1e-34, 1e-34, 999),
         torch.full((5,), 7.0),
-        torch.linspace(-3, 5, 2 * quantization.PIECE + 6).view(2, -1),
+        torch.linspace(-3, 5, 2 * quantization.BLOCK_SIZE + 6).view(2, -1),
     ],
 )
-def test_rounding_of_activations(values, dtype):
+def test_quantization_of_activations(values, dtype):
     values = values.to(dtype)
-    levels, scale, zero_point = quantization.round_activations(values)
+    levels, scale, zero_point = quantization.quantize_activations(values)
     assert levels.dtype == torch.uint8 and 1 <= zero_point <= 255
     error = (scale * (levels.double() - zero_point) - values.double()).abs()
     assert error.max() <= 0.5001 * scale
@@ -167,22 +171,22 @@ def test_rounding_of_activations(values, dtype):
 
 
 @pytest.mark.parametrize("values", [[0.0, 0.0], [1.0, float("nan")], [float("inf"), 0.0], [-float("inf")], [1e-43]])
-def test_activations_that_have_no_levels(values):
-    assert quantization.round_activations(torch.tensor(values)) is None
+def test_activations_that_cannot_be_quantized(values):
+    assert quantization.quantize_activations(torch.tensor(values)) is None
 
 
 @needs_int8
-def test_a_weight_is_rounded_once_and_again_when_it_has_changed(whatever_size):
+def test_a_weight_is_quantized_once_and_again_after_a_change(any_size):
     rows, weight = draw(70, 40), draw(24, 40, seed=1)
     with torch.no_grad(), Int8Arithmetic() as arithmetic:
-        product, packed = F.linear(rows, weight), arithmetic.packed[weight]
+        product, packed = F.linear(rows, weight), arithmetic.prepacked[weight]
         assert torch.equal(F.linear(rows, weight), product)
-        assert arithmetic.packed[weight] is packed
+        assert arithmetic.prepacked[weight] is packed
         weight *= 2
         assert torch.equal(F.linear(rows, weight), 2 * product)
-        assert arithmetic.packed[weight] is not packed
+        assert arithmetic.prepacked[weight] is not packed
         del weight
-        assert len(arithmetic.packed) == 0
+        assert len(arithmetic.prepacked) == 0
 
 
 @pytest.fixture
@@ -192,7 +196,7 @@ def small_network():
 
 @pytest.fixture
 def tiny_swin(monkeypatch):
-    """The whole network, every kind of layer in it, on a Swin of 32 channels and five blocks."""
+    """A whole network with every kind of layer, on a Swin of 32 channels and five blocks."""
     monkeypatch.setitem(SWIN_BACKBONES, "swin_v1_t", (32, (1, 1, 2, 1), (1, 2, 4, 8), 7))
     model = BiRefNetForImageSegmentation(BiRefNetConfig(backbone="swin_v1_t"))
     manifest = {key: (tuple(value.shape), str(value.dtype)[6:]) for key, value in model.state_dict().items()}
@@ -202,7 +206,7 @@ def tiny_swin(monkeypatch):
 
 @needs_int8
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_network_comes_close_to_float32(whatever_size, tiny_swin, dtype):
+def test_a_network_is_close_to_float32(any_size, tiny_swin, dtype):
     pixel_values = reference_weights.image("int8", 1, 128, 192)
     with torch.inference_mode():
         expected = tiny_swin(pixel_values).logits
@@ -216,7 +220,7 @@ def test_a_network_comes_close_to_float32(whatever_size, tiny_swin, dtype):
 
 
 @needs_int8
-def test_a_network_takes_pictures_of_zeros(whatever_size, tiny_swin):
+def test_a_network_accepts_images_of_zeros(any_size, tiny_swin):
     zeros = torch.zeros(1, 3, 64, 64)
     with torch.no_grad():
         expected = tiny_swin(zeros).logits
@@ -224,14 +228,14 @@ def test_a_network_takes_pictures_of_zeros(whatever_size, tiny_swin):
 
 
 @needs_int8
-def test_a_network_does_not_hide_what_is_not_finite(whatever_size, small_network):
+def test_a_network_propagates_nan(any_size, small_network):
     pixel_values = torch.zeros(1, 3, 64, 64)
     pixel_values[0, 0, 7, 9] = float("nan")
     assert quantize(small_network.eval())(pixel_values).logits.isnan().any()
 
 
 @needs_int8
-def test_a_copy_computes_with_its_own_weights(whatever_size, tiny_swin):
+def test_a_copy_uses_its_own_weights(any_size, tiny_swin):
     pixel_values = reference_weights.image("int8", 1, 64, 64)
     model = quantize(tiny_swin)
     expected = model(pixel_values).logits
@@ -250,11 +254,11 @@ def test_a_copy_computes_with_its_own_weights(whatever_size, tiny_swin):
         (lambda model: model.train(), "cannot be trained"),
         (lambda model: model.half(), "bfloat16 or float32, not in torch.float16"),
         (lambda model: model.double(), "bfloat16 or float32, not in torch.float64"),
-        (lambda model: model.to("meta"), "int8 is for CPUs; on meta take"),
+        (lambda model: model.to("meta"), "int8 is for CPUs; on meta use"),
     ],
 )
-def test_models_that_cannot_be_in_int8(small_network, change, message):
-    """Neither when they are made so, nor when they become so."""
+def test_models_that_cannot_compute_in_int8(small_network, change, message):
+    """The error is raised by `quantize`, and by calls of a model that has changed afterwards."""
     model = quantize(small_network.eval())
     change(model)
     with pytest.raises(ValueError, match=message):
@@ -265,7 +269,7 @@ def test_models_that_cannot_be_in_int8(small_network, change, message):
 
 def test_processors_without_the_instructions(monkeypatch, small_network):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    with pytest.raises(ValueError, match="int8 needs AVX-512 VNNI.*take float32 or bfloat16"):
+    with pytest.raises(ValueError, match="int8 needs AVX-512 VNNI.*use float32 or bfloat16"):
         quantize(small_network.eval())
 
 
@@ -290,7 +294,7 @@ def data(tmp_path):
 
 
 @needs_int8
-def test_cutout_in_int8(whatever_size, tiny_model_folder, data):
+def test_cutout_in_int8(any_size, tiny_model_folder, data):
     mattes = {}
     for dtype in ("float32", "int8"):
         options = ["--mask", "--model", str(tiny_model_folder), "--device", "cpu", "--dtype", dtype]
@@ -301,7 +305,7 @@ def test_cutout_in_int8(whatever_size, tiny_model_folder, data):
 
 
 @needs_int8
-def test_evaluation_in_int8(whatever_size, tiny_model_folder, data):
+def test_evaluation_in_int8(any_size, tiny_model_folder, data):
     pytest.importorskip("py_sod_metrics", reason="evaluation needs the extra `evaluate`")
     result = data / "result.json"
     options = ["--model", str(tiny_model_folder), "--device", "cpu", "--dtype", "int8", "--json", str(result)]
@@ -313,12 +317,12 @@ def test_evaluation_in_int8(whatever_size, tiny_model_folder, data):
 @pytest.mark.parametrize(
     ("device", "batch_size", "supported", "message"),
     [
-        ("meta", 1, True, "--dtype int8: int8 is for CPUs; on meta take float16 or bfloat16"),
+        ("meta", 1, True, "--dtype int8: int8 is for CPUs; on meta use float16 or bfloat16"),
         ("cpu", 1, False, "--dtype int8: int8 needs AVX-512 VNNI"),
         ("cpu", 2, True, "--dtype int8 takes photos one by one"),
     ],
 )
-def test_wrong_arguments_are_explained(monkeypatch, capsys, data, device, batch_size, supported, message):
+def test_wrong_arguments_have_clear_errors(monkeypatch, capsys, data, device, batch_size, supported, message):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: supported)
     options = ["--device", device, "--batch-size", str(batch_size), "--dtype", "int8"]
     assert main(["cutout", str(data / "im"), "-o", str(data / "out"), *options]) == 2

@@ -1,0 +1,161 @@
+"""Functions for particular processors against PyTorch's own operators, each branch forced."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from birefnet.repository import hardware_birefnet as hardware
+from birefnet.repository.backbone_birefnet import WindowAttention
+from birefnet.repository.configuration_birefnet import BiRefNetConfig
+from birefnet.repository.decoder_birefnet import LateralBlock
+from birefnet.repository.layers_birefnet import convolve
+
+
+needs_bfloat16 = pytest.mark.skipif(
+    not hardware.has_bfloat16_arithmetic(), reason="this processor has no bfloat16 arithmetic"
+)
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# Tiles
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_row_tiles_cover_all_rows_and_fit_the_cache(dtype, monkeypatch):
+    monkeypatch.setattr(hardware, "CPU_TILE_BYTES", 400)
+    tiles = hardware.row_tiles(10, 25, torch.empty(0, dtype=dtype))
+    rows = 4 if dtype == torch.float32 else 8  # of 25 numbers in 400 bytes
+    assert tiles == [slice(first, min(first + rows, 10)) for first in range(0, 10, rows)]
+    assert hardware.row_tiles(3, 1000, torch.empty(0)) == [slice(0, 1), slice(1, 2), slice(2, 3)]
+
+
+def test_row_tiles_of_other_devices_and_of_graphs_have_their_own_size(monkeypatch):
+    on_meta = torch.empty(0, device="meta")
+    assert hardware.row_tiles(10, 25, on_meta) == [slice(0, 10)]
+    assert hardware.row_tiles(10, 25, on_meta, other_bytes=500) == [slice(0, 5), slice(5, 10)]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(hardware, "CPU_TILE_BYTES", 1)
+    assert hardware.row_tiles(10, 25, torch.empty(0)) == [slice(0, 10)]
+
+
+@pytest.mark.parametrize("with_gradients", [True, False])
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("size", [2, 7])
+def test_concatenated_tiles_equal_the_whole(with_gradients, dim, size):
+    whole = random(7, 7)
+    with torch.set_grad_enabled(with_gradients):
+        found = hardware.concatenate_tiles(iter(whole.split(size, dim)), 7, dim)
+    assert torch.equal(found, whole)
+
+
+@pytest.mark.parametrize("tile_bytes", [1, 2**20])
+def test_lateral_block_computes_in_tiles_only_without_gradients(monkeypatch, tile_bytes):
+    monkeypatch.setattr(hardware, "CPU_TILE_BYTES", tile_bytes)
+    block, full, deeper = LateralBlock(6, 6), random(2, 6, 10, 14), random(2, 6, 5, 7)
+    with_gradients = block(deeper, full)
+    with_gradients.sum().backward()
+    assert block.conv.weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        assert (block(deeper, full) - with_gradients).abs().max() < 1e-6
+
+
+# bfloat16
+
+
+@needs_bfloat16
+def test_prepacked_weights_give_equal_products(monkeypatch):
+    hidden_states, layer = random(300, 96).bfloat16(), torch.nn.Linear(96, 40).bfloat16()
+    expected = layer(hidden_states)
+    with torch.no_grad():
+        product = hardware.prepack_layer(layer)
+        monkeypatch.setattr(F, "linear", None)  # must not be called
+        assert torch.equal(product(hidden_states), expected)
+        assert torch.equal(product(hidden_states.view(3, 100, 96)), expected.view(3, 100, 40))
+
+
+@pytest.mark.parametrize("reason", ["processor", "dtype", "gradients", "graph", "int8"])
+def test_weights_are_not_prepacked_where_the_operator_is_missing(monkeypatch, reason):
+    monkeypatch.setattr(hardware, "has_bfloat16_arithmetic", lambda: reason != "processor")
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: reason == "graph")
+    monkeypatch.setattr(torch._C, "_is_torch_function_mode_enabled", lambda: reason == "int8")
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", None)  # must not be called
+    dtype = torch.float32 if reason == "dtype" else torch.bfloat16
+    layer, hidden_states = torch.nn.Linear(8, 4).to(dtype), random(3, 8).to(dtype)
+    with torch.set_grad_enabled(reason == "gradients"):
+        assert torch.equal(hardware.prepack_layer(layer)(hidden_states), layer(hidden_states))
+
+
+def test_layers_with_hooks_and_other_layers_are_called_themselves():
+    layer, seen = torch.nn.Linear(8, 8).bfloat16(), []
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        hardware.prepack_layer(layer)(torch.ones(2, 8, dtype=torch.bfloat16))
+    assert len(seen) == 1
+    identity = torch.nn.Identity()
+    assert hardware.prepack_layer(identity) is identity
+
+
+def draw_windows(number, heads, tokens, dtype):
+    """Queries, keys and values with the strides that a linear layer gives them, and a bias."""
+    qkv = random(number, tokens, 3, heads, 32).to(dtype)
+    return *qkv.permute(2, 0, 3, 1, 4).unbind(0), random(1, heads, tokens, tokens, seed=1).to(dtype)
+
+
+@pytest.mark.parametrize(("number", "windows_per_tile"), [(7, 3), (4, 9), (2, 0.5)])
+def test_attention_with_batched_products_is_as_exact_as_the_operator(monkeypatch, number, windows_per_tile):
+    query, key, value, bias = draw_windows(number, 3, 49, torch.bfloat16)
+    exact = F.scaled_dot_product_attention(*(maps.float() for maps in (query, key, value)), attn_mask=bias.float())
+    operator = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    monkeypatch.setattr(hardware, "CPU_TILE_BYTES", int(windows_per_tile * 4 * 3 * 49**2))
+    with torch.no_grad():
+        found = hardware.attend_with_batched_products(query, key, value, bias)
+    assert found.dtype == torch.bfloat16 and found.shape == exact.shape
+    errors = [(result.float() - exact).abs().mean() for result in (found, operator)]
+    assert errors[0] < 2.5 * errors[1]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "has_arithmetic", "with_gradients", "is_batched"),
+    [
+        (torch.bfloat16, True, False, True),
+        (torch.bfloat16, True, True, False),
+        (torch.bfloat16, False, False, False),
+        (torch.float32, True, False, False),
+    ],
+)
+def test_window_attention_chooses_its_operator(monkeypatch, dtype, has_arithmetic, with_gradients, is_batched):
+    monkeypatch.setattr(hardware, "has_bfloat16_arithmetic", lambda: has_arithmetic)
+    replaced = "scaled_dot_product_attention" if is_batched else "softmax"
+    monkeypatch.setattr(F if is_batched else torch, replaced, None)  # the other one must not be called
+    attention = WindowAttention(BiRefNetConfig(attn_implementation="sdpa"), 64, num_heads=2, window_size=3).to(dtype)
+    torch.nn.init.normal_(attention.relative_position_bias_table)
+    qkv = random(5, 9, 3 * 64).to(dtype)
+    with torch.set_grad_enabled(with_gradients):
+        found = attention.attend(qkv, attention.relative_position_bias())
+    assert found.shape == (45, 64) and found.isfinite().all()
+    if with_gradients:
+        found.sum().backward()
+        assert attention.relative_position_bias_table.grad.abs().sum() > 0
+
+
+# float32
+
+
+@pytest.mark.parametrize(
+    ("channels", "blocks"), [(100, [100]), (351, [351]), (352, [176, 176]), (400, [176, 176, 48])]
+)
+def test_long_sums_are_split(channels, blocks):
+    assert [block.shape[1] for block in hardware.split_channels(torch.empty(1, channels, 2, 2))] == blocks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_convolution_of_parts_equals_that_of_their_concatenation(dtype):
+    parts = [random(2, channels, 6, 5, seed=channels).to(dtype) for channels in (400, 90)]
+    weight, bias = random(7, 490, 3, 3).to(dtype), random(7).to(dtype)
+    expected = F.conv2d(torch.cat(parts, dim=1).double(), weight.double(), bias.double(), padding=1)
+    assert hardware.loses_digits_in_long_sums(parts[0]) == (dtype == torch.float32)
+    found = convolve(parts, weight, bias, padding=1)
+    assert (found - expected).abs().max() < (1e-6 if dtype == torch.float32 else 1e-13) * expected.abs().max()

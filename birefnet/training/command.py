@@ -400,6 +400,11 @@ def choose_recipe(arguments: argparse.Namespace, config, photos: int) -> Recipe:
     batch = arguments.batch_size * arguments.gradient_accumulation_steps * processes
     is_new = from_scratch(arguments)
     if (arguments.recipe or ("published" if is_new else "fine-tuning")) == "published":
+        if not is_new:
+            logger.warning(
+                "--recipe published mixes the statistics of small batches into a trained model's batch norms. This "
+                "can make the model useless. Without the option, the statistics stay as they are."
+            )
         return published_recipe(config.task, batch, fine_tunes=not is_new)
     return fine_tuning_recipe(photos, batch, backbone_kind(config.backbone))
 
@@ -665,7 +670,7 @@ class BestModelCallback(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if state.best_metric is not None and metrics["eval_mae"] >= state.best_metric:
             return
-        state.best_metric, state.best_global_step = metrics["eval_mae"], state.global_step
+        state.best_metric = metrics["eval_mae"]
         self.save(state)
 
     def save(self, state):

@@ -232,8 +232,6 @@ def test_folder_is_never_worse_than_the_start(photos, uninterrupted, tmp_path):
         ["--gradient-checkpointing"],
         ["--bf16"],
         ["--freeze-backbone", "true"],
-        ["--batch-size", 1],
-        ["--resolution", 32],
         ["--resolution", 128],
     ],
     ids=lambda more: " ".join(map(str, more)) or "defaults",
@@ -242,9 +240,9 @@ def test_fine_tuning_never_collapses(photos, uninterrupted, tmp_path, more):
     """No epoch is much worse than the trained model that it starts from. Batch statistics doubled the error."""
     if "--lora-rank" in more:
         pytest.importorskip("peft")
-    result = training.train(options(photos, tmp_path, "--model", uninterrupted, "--epochs", 4, *more, new=False))
+    result = training.train(options(photos, tmp_path, "--model", uninterrupted, "--epochs", 2, *more, new=False))
     errors = history(tmp_path, "eval_mae")
-    assert len(errors) == 5 and max(errors.values()) < 1.1 * errors[0]
+    assert len(errors) == 3 and max(errors.values()) < 1.1 * errors[0]
     assert result["mae"] <= result["mae_before"]
 
 
@@ -360,8 +358,9 @@ def test_fine_tuning_is_safe_without_options():
     assert backbone_rates == [2e-4, 1e-5, 2e-4, 3]
 
 
-def test_published_recipe_is_one_option_away():
+def test_published_recipe_is_one_option_away_and_warns(caplog):
     arguments, recipe = filled_in("general", 100, "--recipe", "published", "--epochs", 7)
+    assert "statistics" in caplog.text
     assert (arguments.learning_rate, arguments.epochs, arguments.schedule) == (1e-5, 7, "constant")
     assert recipe.batch_statistics and arguments.ema_decay == 0
 
@@ -423,15 +422,15 @@ def test_bad_pair_is_reported_and_training_goes_on_or_stops(tmp_path, caplog):
 # The Hub, several processes
 
 
-def test_two_processes_train_one_model_and_push_it(photos, tmp_path):
+def test_two_processes_fine_tune_one_model_and_push_it(photos, uninterrupted, tmp_path):
     # Without a GPU --multi_gpu starts as many processes, and the training's --cpu keeps them on the processor.
     launch = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
     launch += " --main_process_port 0"
     words = "--max-steps 3 --batch-size 2 --resolution 64 --validation-share 0.25 --logging-steps 1 --ema-decay 0.5"
-    words += " --push-to-hub author/mine --private"
+    words += " --push-to-hub author/mine --private --no-bf16"
     output = tmp_path / "out"
     command = [sys.executable, "-m", "accelerate.commands.launch", *launch.split(), "-m", "birefnet", "train"]
-    command += ["--data", str(photos), "--output", str(output), "--cpu", *words.split(), *TINY_NETWORK]
+    command += ["--data", str(photos), "--output", str(output), "--cpu", *words.split(), "--model", str(uninterrupted)]
     with LoopbackHub(tmp_path / "hub") as hub:
         environment = quiet(**hub.environment(tmp_path / "home"))
         done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=300)
@@ -443,10 +442,13 @@ def test_two_processes_train_one_model_and_push_it(photos, tmp_path):
     generators = [torch.load(checkpoint / f"rng_state_{rank}.pth", weights_only=False)["cpu"] for rank in (0, 1)]
     assert not torch.equal(*generators)  # each process augments in its own way
     # Validation does not depend on the number of processes.
-    measured = history(output, "eval_mae")[3]
-    arguments = options(photos, tmp_path / "again", "--model", output, "--validation-share", 0.25, new=False)
+    errors = history(output, "eval_mae")
+    assert errors[3] < 1.1 * errors[0]
+    arguments = options(
+        photos, tmp_path / "again", "--model", output, "--validation-share", 0.25, "--no-bf16", new=False
+    )
     alone = training.build_trainer(arguments, *training.build_model(arguments)).evaluate()
-    assert alone["eval_mae"] == pytest.approx(measured, abs=1e-6)
+    assert alone["eval_mae"] == pytest.approx(min(errors.values()), abs=1e-6)
 
 
 def check_upload(hub, output):

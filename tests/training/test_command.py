@@ -1,4 +1,4 @@
-"""`birefnet train`, on drawn photos and half a million weights."""
+"""`birefnet train` on drawn photos, with a network of half a million weights."""
 
 import argparse
 import json
@@ -50,7 +50,7 @@ def parse(*words):
 
 
 def options(photos, output, *more, new=True):
-    """A quick training of 3 updates an epoch: 14 photos, of which 2 are held out."""
+    """Options of a quick training: 14 photos, 2 of them held out, 3 updates in each epoch."""
     network = TINY_NETWORK if new else []
     quick = ["--batch-size", 4, "--validation-share", 0.15, "--resolution", 64, "--logging-steps", 1, "--cpu"]
     return parse("--data", photos, "--output", output, *quick, *network, *more)
@@ -85,7 +85,7 @@ def test_resumed_run_equals_the_uninterrupted_one(photos, uninterrupted, tmp_pat
     checkpoints = tmp_path / "checkpoints"
     checkpoints.mkdir()
     (checkpoints / f"checkpoint-{step}").symlink_to(uninterrupted / "checkpoints" / f"checkpoint-{step}")
-    (checkpoints / "checkpoint-9").mkdir()  # interrupted while it was written: it has no state and is passed over
+    (checkpoints / "checkpoint-9").mkdir()  # An incomplete checkpoint without a state is ignored.
     training.train(options(photos, tmp_path, *LONG, "--resume"))
     for key in ("loss", "grad_norm", "learning_rate", "loss_mae", "eval_mae", "eval_iou"):
         assert history(tmp_path, key) == history(uninterrupted, key), key
@@ -101,7 +101,7 @@ def test_resumed_run_equals_the_uninterrupted_one(photos, uninterrupted, tmp_pat
 
 
 def test_average_follows_the_weights(uninterrupted):
-    """The saved average is the recurrence over the saved weights, its decay rising to the one asked for."""
+    """The saved average equals the recurrence over the saved weights. Its decay rises to --ema-decay."""
     name, average = "decoder.conv_out1.0.weight", None
     for step in range(1, 10):
         folder = uninterrupted / "checkpoints" / f"checkpoint-{step}"
@@ -124,7 +124,7 @@ def test_best_epoch_is_in_the_folder(uninterrupted):
 
 
 def test_loss_weights_of_the_last_epochs(uninterrupted):
-    assert set(history(uninterrupted, "loss_bce")) == {1, 2, 3}  # off in the last two of three epochs
+    assert set(history(uninterrupted, "loss_bce")) == {1, 2, 3}  # BCE is off in the last two of three epochs.
     assert set(history(uninterrupted, "loss_ssim")) == set(range(1, 10))
 
 
@@ -158,7 +158,7 @@ def test_tensorboard_has_terms_and_mattes(uninterrupted):
 
 
 def test_folder_is_a_complete_repository(uninterrupted):
-    """In a fresh process, as users load it: model, processor, pipeline."""
+    """Loads model, processor and pipeline in a new process, as users do."""
     files = {path.name for path in uninterrupted.iterdir()}
     assert {"config.json", "preprocessor_config.json", "model.safetensors", "README.md", "LICENSE"} <= files
     code = f"""
@@ -177,7 +177,7 @@ def quiet(**more):
 
 
 def test_report_is_beside_the_model(photos, uninterrupted, tiny_model_folder, tmp_path):
-    """Pictures of a new network's run and of a fine-tuning, which also shows mattes from before it."""
+    """Checks the pictures of a new network and of a fine-tuned one. The latter also show the mattes before."""
     from PIL import Image
 
     more = ["--model", tiny_model_folder, "--epochs", 1]
@@ -212,7 +212,7 @@ def test_newcomer_fine_tunes_in_one_command_and_validation_improves(photos, tiny
 
 
 def test_folder_is_never_worse_than_the_start(photos, uninterrupted, tmp_path):
-    """A learning rate that ruins everything: the training stops, and the folder holds what came in and says so."""
+    """A far too high learning rate stops the training. The folder holds the model as it was and says so."""
     more = ["--model", uninterrupted, "--epochs", 4, "--learning-rate", 30]
     result = training.train(options(photos, tmp_path, *more, new=False))
     errors = history(tmp_path, "eval_mae")
@@ -261,7 +261,7 @@ def test_settings_that_shape_nothing_go_with_fine_tuning(photos, tiny_model_fold
 
 
 def test_foreign_weights_are_fine_tuned(tiny_model_folder, tmp_path):
-    """A bare file with the prefixes of wrappers and weights in half precision, as official releases are."""
+    """Official releases are bare files in half precision, with prefixes of wrappers in the names."""
     state_dict = load_file(tiny_model_folder / "model.safetensors")
     halves = {f"module._orig_mod.{key}": value.half() if value.is_floating_point() else value
               for key, value in state_dict.items()}  # fmt: skip
@@ -366,7 +366,7 @@ def test_published_recipe_is_one_option_away_and_warns(caplog):
 
 
 def test_bf16_needs_no_accelerator(monkeypatch):
-    """transformers refuses it on a machine without one, unless it is told to use the CPU."""
+    """transformers refuses bf16 on a machine without an accelerator, unless it is told to use the CPU."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     arguments, _ = filled_in("general", 20, "--bf16")
     found = training.training_arguments(arguments, argparse.Namespace(pixels=1), None)
@@ -423,7 +423,7 @@ def test_bad_pair_is_reported_and_training_goes_on_or_stops(tmp_path, caplog):
 
 
 def test_two_processes_fine_tune_one_model_and_push_it(photos, uninterrupted, tmp_path):
-    # Without a GPU --multi_gpu starts as many processes, and the training's --cpu keeps them on the processor.
+    # --multi_gpu starts the processes even without a GPU. --cpu makes them train on the CPU.
     launch = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
     launch += " --main_process_port 0"
     words = "--max-steps 3 --batch-size 2 --resolution 64 --validation-share 0.25 --logging-steps 1 --ema-decay 0.5"
@@ -440,7 +440,7 @@ def test_two_processes_fine_tune_one_model_and_push_it(photos, uninterrupted, tm
     checkpoint = output / "checkpoints" / "checkpoint-3"
     assert {path.name for path in checkpoint.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
     generators = [torch.load(checkpoint / f"rng_state_{rank}.pth", weights_only=False)["cpu"] for rank in (0, 1)]
-    assert not torch.equal(*generators)  # each process augments in its own way
+    assert not torch.equal(*generators)  # Each process augments with its own random numbers.
     # Validation does not depend on the number of processes.
     errors = history(output, "eval_mae")
     assert errors[3] < 1.1 * errors[0]
@@ -452,7 +452,7 @@ def test_two_processes_fine_tune_one_model_and_push_it(photos, uninterrupted, tm
 
 
 def check_upload(hub, output):
-    """The repository has the model's files and no state of the training."""
+    """The repository has all files of the model and no checkpoints or logs."""
     uploaded = set(hub.files("author/mine"))
     assert hub.repositories["author/mine"].private
     assert {path.name for path in output.iterdir()} - {"checkpoints", "logs"} <= uploaded

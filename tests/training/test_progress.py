@@ -1,4 +1,4 @@
-"""`birefnet.training.progress`: what the course of a validation says, in numbers, words and pictures."""
+"""`birefnet.training.progress`: the report of a training in numbers, words and pictures."""
 
 import logging
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from birefnet.training.progress import SampleMattes, ValidationWatch, course_of,
 
 
 def state_of(*errors, ious=None, first=0):
-    """The state after validations with these errors, the first of them at epoch `first`."""
+    """The state after validations with these errors. The first validation is at epoch `first`."""
     ious = ious or [1 - 2 * error for error in errors]
     history = [
         {"step": 5 * (first + row), "epoch": float(first + row), "eval_mae": error, "eval_iou": iou}
@@ -93,7 +93,7 @@ def test_curve_is_a_picture(tmp_path):
 
 
 def test_sheet_shows_photo_mask_before_and_best(tmp_path):
-    """Each validation's mattes have a gray of their own. The best is that of epoch 1, although epoch 2 is later."""
+    """The mattes of each validation have another gray. Epoch 1 is the best, although epoch 2 is later."""
     shown = iter((0.2, 0.6, 0.9))
     sample = SimpleNamespace(eval_dataset=range(2))
 

@@ -197,12 +197,12 @@ def _add_schedule_arguments(group):
         "--last-epochs", type=int, help="epochs at the end with region-level losses (fine-tuning: 0; published: 20)"
     )
     group.add_argument(
-        "--learning-rate", type=float, help="fine-tuning: 5e-4; published: 1e-5 · √(batch/4), for dis ten times that"
+        "--learning-rate", type=float, help="fine-tuning: 2e-4; published: 1e-5 · √(batch/4), for dis ten times that"
     )
     group.add_argument(
         "--backbone-learning-rate",
         type=float,
-        help="fine-tuning: 2e-4, or 5e-5 for transformers, or --learning-rate if it is lower; published: the same as "
+        help="fine-tuning: 1e-4, or 2e-5 for transformers, or --learning-rate if it is lower; published: the same as "
         "--learning-rate",
     )
     group.add_argument(
@@ -213,7 +213,7 @@ def _add_schedule_arguments(group):
     group.add_argument(
         "--warmup-steps",
         type=float,
-        help="updates until the full learning rate, or below 1 their share (fine-tuning: 0.1; published: 0)",
+        help="updates until the full learning rate, or below 1 their share (fine-tuning: 0.2; published: 0)",
     )
     group.add_argument("--weight-decay", type=float, help="default: 0.01")
     group.add_argument(

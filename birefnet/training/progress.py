@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 from transformers import TrainerCallback, TrainerState
 
 
@@ -21,6 +21,7 @@ WORSE_IN_A_ROW = 3
 STOP_FACTOR = 2.0
 CURVE_FILE, SHEET_FILE = "curve.png", "before_after.png"
 SHEET_SIDE = 224  # pixels of a picture's longer side in the contact sheet
+TITLE_HEIGHT = 20  # pixels
 
 ADVICE = (
     "Look at before_after.png first: wrong or inconsistent masks are the most frequent cause. Then try more photos, "
@@ -198,12 +199,23 @@ class SampleMattes(TrainerCallback):
 
     def sheet(self) -> Image.Image:
         """A row for each sample: photo, mask, matte before the training (if there was a model), best matte."""
-        rows = []
+        has_before = (self.folder / "before").exists()
+        rows = [_title_row(("photo", "mask", *(("before",) if has_before else ()), "after"), self.folder / "best")]
         for path in sorted((self.folder / "best").glob("*.png")):
             photo, mask, after = _thirds(path)
-            before = self.folder / "before" / path.name
-            rows.append(_beside([photo, mask, *([_thirds(before)[2]] if before.exists() else []), after]))
+            before = [_thirds(self.folder / "before" / path.name)[2]] if has_before else []
+            rows.append(_beside([photo, mask, *before, after]))
         return _below(rows)
+
+
+def _title_row(titles: tuple[str, ...], folder: Path) -> Image.Image:
+    """A row with a title above each column of the folder's pictures."""
+    width = Image.open(next(folder.glob("*.png"))).width // 3
+    row = Image.new("RGB", (width * len(titles), TITLE_HEIGHT), "white")
+    draw = ImageDraw.Draw(row)
+    for column, title in enumerate(titles):
+        draw.text((width * (column + 0.5), TITLE_HEIGHT / 2), title, "black", anchor="mm")
+    return row
 
 
 def _thirds(path: Path) -> list[Image.Image]:

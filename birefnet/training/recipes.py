@@ -13,8 +13,8 @@ PUBLISHED_LEARNING_RATES = {"dis": 1e-4, "general": 1e-5, "matting": 1e-5}
 PUBLISHED_EPOCHS = {"dis": 500, "general": 200, "matting": 150}
 FINE_TUNING_UPDATES = 80
 FINE_TUNING_EPOCHS = (2, 40)  # fewest and most
-FINE_TUNING_LEARNING_RATE = 5e-4
-FINE_TUNING_BACKBONE_LEARNING_RATES = {"convolution": 2e-4, "transformer": 5e-5}
+FINE_TUNING_LEARNING_RATE = 2e-4
+FINE_TUNING_BACKBONE_LEARNING_RATES = {"convolution": 1e-4, "transformer": 2e-5}
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def fine_tuning_recipe(photos: int, batch: int, backbone_kind: str) -> Recipe:
       the model even at a learning rate of 0 (docs/fine-tuning.md).
     - The gradient is clipped to norm 1. The sum of the losses has norms of 100 to 10,000, so nearly every update is
       clipped: no single photo dominates.
-    - The learning rate rises for a tenth of the updates and then falls to 0 along a cosine.
+    - The learning rate rises for a fifth of the updates and then falls to 0 along a cosine.
     - Photos are mirrored, cropped, rotated and changed in colour, all moderately. Backgrounds stay: in most domains
       they belong to the task.
 
@@ -103,7 +103,7 @@ def fine_tuning_recipe(photos: int, batch: int, backbone_kind: str) -> Recipe:
         learning_rate=FINE_TUNING_LEARNING_RATE,
         backbone_learning_rate=FINE_TUNING_BACKBONE_LEARNING_RATES[backbone_kind],
         schedule="cosine",
-        warmup_steps=0.1,
+        warmup_steps=0.2,
         weight_decay=1e-2,
         max_grad_norm=1.0,
         ema_decay=0.98,

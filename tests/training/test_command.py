@@ -22,6 +22,7 @@ from birefnet.errors import CommandError, UsageError
 from birefnet.inference.loading import load_model
 from birefnet.training import command as training
 from birefnet.training.augmentation import AugmentationSettings
+from birefnet.training.progress import TITLE_HEIGHT
 
 from ..conftest import TINY_CONFIG
 from ..drawn_photos import write_folder
@@ -184,7 +185,7 @@ def test_report_is_beside_the_model(photos, uninterrupted, tiny_model_folder, tm
     result = training.train(options(photos, tmp_path, *more, new=False))
     for folder, columns in ((uninterrupted, 3), (tmp_path, 4)):
         sheet = Image.open(folder / "before_after.png")
-        assert sheet.size == (columns * 64, 2 * 64) and (folder / "curve.png").stat().st_size > 5000
+        assert sheet.size == (columns * 64, TITLE_HEIGHT + 2 * 64) and (folder / "curve.png").stat().st_size > 5000
         text = (folder / "README.md").read_text()
         assert "(curve.png)" in text and "(before_after.png)" in text
     assert result["result"] in text and f"| before training | 0 | {result['mae_before']:.4f} |" in text
@@ -355,7 +356,7 @@ def test_fine_tuning_is_safe_without_options():
         filled_in("general", 20, *words)[0].backbone_learning_rate
         for words in ([], ["--learning-rate", 1e-5], ["--learning-rate", 1], ["--backbone-learning-rate", 3])
     ]
-    assert backbone_rates == [2e-4, 1e-5, 2e-4, 3]
+    assert backbone_rates == [1e-4, 1e-5, 1e-4, 3]
 
 
 def test_published_recipe_is_one_option_away_and_warns(caplog):

@@ -12,7 +12,15 @@ pytest.importorskip("accelerate")
 
 from transformers import TrainerControl, TrainerState
 
-from birefnet.training.progress import SampleMattes, ValidationWatch, course_of, draw_curve, results, verdict
+from birefnet.training.progress import (
+    TITLE_HEIGHT,
+    SampleMattes,
+    ValidationWatch,
+    course_of,
+    draw_curve,
+    results,
+    verdict,
+)
 
 
 def state_of(*errors, ious=None, first=0):
@@ -108,6 +116,6 @@ def test_sheet_shows_photo_mask_before_and_best(tmp_path):
         # A new callback each time, as after an interruption.
         SampleMattes(sample, tmp_path).on_evaluate(None, state_of(*errors[:count]), None)
     sheet = SampleMattes(sample, tmp_path).sheet()
-    assert sheet.size == (4 * 8, 2 * 8)
-    grays = [sheet.getpixel((8 * column + 4, 12))[0] for column in range(4)]
+    assert sheet.size == (4 * 8, TITLE_HEIGHT + 2 * 8)
+    grays = [sheet.getpixel((8 * column + 4, TITLE_HEIGHT + 12))[0] for column in range(4)]
     assert grays == [26, 102, 51, 153]

@@ -243,7 +243,7 @@ def test_a_read_only_output_folder_is_reported(cutout, tmp_path, capfd):
     [
         (["--resolution", "1000"], "multiples of 32"),
         (["--resolution", "64x64x64"], "multiples of 32"),
-        (["--batch-size", "0"], "whole number from 1"),
+        (["--batch-size", "0"], "integer of at least 1"),
         (["--threshold", "1.5"], "number from 0 to 1"),
         (["--feather", "-1"], "number from 0"),
         (["--format", "bmp"], "invalid choice"),
@@ -266,7 +266,7 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path, capfd):
     draw(40, 30).save(tmp_path / "a.png")
     assert main(["cutout", str(tmp_path / "a.png"), "--model", str(tmp_path / "nowhere"), "--device", "cpu"]) == 1
     error = capfd.readouterr().err
-    assert "nowhere is no file, folder, variant or repository" in error and len(error.splitlines()) == 1
+    assert "nowhere is not a file, a folder, a variant or a Hub repository" in error and len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

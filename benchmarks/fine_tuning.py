@@ -30,6 +30,7 @@ def main():
     parser.add_argument("sets", nargs="*", type=Path)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--output", type=Path, default=Path("runs"), help="folder of the models and results.jsonl")
+    parser.add_argument("--picture", type=Path, help="draw IoU before and after as a PNG picture")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     record = arguments.output / "results.jsonl"
@@ -44,6 +45,8 @@ def main():
             with record.open("a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
     print(table(rows))
+    if arguments.picture:
+        draw(rows, arguments.picture)
 
 
 def run(folder: Path, seed: int, output: Path, before: dict[str, float]) -> dict:
@@ -95,6 +98,29 @@ def table(rows: list[dict]) -> str:
             f"{first['mae_before']:.4f} | {maes} |"
         )
     return "\n".join(lines)
+
+
+def draw(rows: list[dict], path: Path):
+    """A bar chart: IoU on the test photos before fine-tuning, and after it for each seed."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(row["set"] for row in rows))
+    figure = Figure(figsize=(1.2 * len(names) + 2, 3), layout="constrained")
+    ax = figure.subplots()
+    for position, name in enumerate(names):
+        runs = [row for row in rows if row["set"] == name]
+        mean = np.mean([row["iou"] for row in runs])
+        ax.bar(position - 0.2, runs[0]["iou_before"], 0.38, color="#9aa4b2", label="before" if not position else None)
+        ax.bar(position + 0.2, mean, 0.38, color="#1f6feb", label="after" if not position else None)
+        seeds = [position + 0.2] * len(runs)
+        ax.plot(seeds, [row["iou"] for row in runs], "o", color="#0b2a5b", markersize=3)
+    photos = {row["set"]: row["photos"] for row in rows}
+    ax.set_xticks(range(len(names)), [f"{name}\n{photos[name]} photos" for name in names], fontsize=8)
+    ax.set_ylabel("mean IoU on test photos", fontsize=8)
+    ax.set_ylim(0, 1)
+    ax.tick_params(labelsize=8)
+    ax.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

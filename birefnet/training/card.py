@@ -97,8 +97,8 @@ def _validation(arguments: argparse.Namespace, trainer, course: Course, is_final
         f"| {name} | {v.epoch:.4g} | {v.mae:.4f} | {v.iou:.4f} |" for name, v in rows.items() if v is not None
     )
     parts = [
-        f"On {len(trainer.eval_dataset):,} photos ({source}), at the masks' own size. The epoch with the lowest mean "
-        "absolute error was kept, so its values are a little too good.",
+        f"On {len(trainer.eval_dataset):,} photos ({source}), at the masks' own size. The epoch with the lowest "
+        "MAE + (1 − IoU) was kept, so its values are a little too good.",
         f"| weights | epoch | mean absolute error | mean IoU at 0.5 |\n| --- | ---: | ---: | ---: |\n{table}",
     ]
     if is_final:

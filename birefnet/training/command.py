@@ -39,6 +39,7 @@ from birefnet.training.progress import (
     ValidationWatch,
     course_of,
     draw_curve,
+    error_of,
     results,
     verdict,
 )
@@ -659,7 +660,7 @@ def default_last_epochs(task: str, epochs: int) -> int:
 
 
 class BestModelCallback(TrainerCallback):
-    """Writes the model's folder whenever the validation's mean absolute error is the lowest so far.
+    """Writes the model's folder whenever the validation error, MAE + (1 − IoU), is the lowest so far.
 
     The folder is complete at any time during the training. In fine-tuning it first holds the model as it was.
     """
@@ -668,9 +669,10 @@ class BestModelCallback(TrainerCallback):
         self.trainer, self.arguments = trainer, arguments
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        if state.best_metric is not None and metrics["eval_mae"] >= state.best_metric:
+        error = error_of(metrics["eval_mae"], metrics["eval_iou"])
+        if state.best_metric is not None and error >= state.best_metric:
             return
-        state.best_metric = metrics["eval_mae"]
+        state.best_metric = error
         self.save(state)
 
     def save(self, state):

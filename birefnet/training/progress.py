@@ -43,6 +43,19 @@ class Validation:
     mae: float
     iou: float
 
+    @property
+    def error(self) -> float:
+        """MAE + (1 − IoU), in [0, 2]. The epoch with the lowest error is kept.
+
+        MAE alone would prefer a model that finds nothing where subjects are small. IoU alone ignores soft edges.
+        """
+        return error_of(self.mae, self.iou)
+
+
+def error_of(mae: float, iou: float) -> float:
+    """MAE + (1 − IoU), see `Validation.error`."""
+    return mae + (1 - iou)
+
 
 @dataclass(frozen=True)
 class Course:
@@ -60,9 +73,9 @@ class Course:
 
     @property
     def best(self) -> Validation | None:
-        """The validation with the lowest mean absolute error, that before the training included."""
+        """The validation with the lowest error, including that before the training."""
         measured = [*([self.before] if self.before else []), *self.epochs]
-        return min(measured, key=lambda validation: validation.mae, default=None)
+        return min(measured, key=lambda validation: validation.error, default=None)
 
     @property
     def last(self) -> Validation | None:
@@ -73,15 +86,18 @@ class Course:
         """Number of latest epochs, without a gap, that were worse than before the training."""
         count = 0
         for validation in reversed(self.epochs):
-            if self.before is None or validation.mae <= self.before.mae:
+            if self.before is None or validation.error <= self.before.error:
                 break
             count += 1
         return count
 
     @property
     def is_ruined(self) -> bool:
-        """Whether the latest error is at least twice that before the training."""
-        return bool(self.before and self.last and self.last.mae >= STOP_FACTOR * self.before.mae)
+        """Whether the model is worse than before the training, and MAE or 1 − IoU has at least doubled."""
+        if self.before is None or self.last is None or self.last.error <= self.before.error:
+            return False
+        doubled_mae = self.last.mae >= STOP_FACTOR * self.before.mae
+        return doubled_mae or 1 - self.last.iou >= STOP_FACTOR * (1 - self.before.iou)
 
 
 def course_of(state: TrainerState) -> Course:
@@ -107,21 +123,22 @@ def verdict(course: Course, photos: int) -> str:
     best, before = course.best, course.before
     on = f"on the {photos} validation photos" if photos > 1 else "on the one validation photo"
     if before is None:
-        return f"The best mean absolute error {on} is {best.mae:.4f} (mean IoU {best.iou:.3f}), after {_epoch(best)}."
+        return f"The best model has mean absolute error {best.mae:.4f} and IoU {best.iou:.3f} {on} ({_epoch(best)})."
     stopped = " The training was stopped, because the error doubled." if course.is_ruined else ""
     if best is before:
-        lowest = min(course.epochs, key=lambda validation: validation.mae)
+        nearest = min(course.epochs, key=lambda validation: validation.error)
         return (
-            f"Not improved: the mean absolute error {on} was {before.mae:.4f} before the training and at best "
-            f"{lowest.mae:.4f} after it. The folder holds the model as it was.{stopped} {ADVICE}"
+            f"Not improved: {on}, mean absolute error was {before.mae:.4f} and IoU {before.iou:.3f} before the "
+            f"training. The best epoch has {nearest.mae:.4f} and {nearest.iou:.3f}. The folder holds the model as it "
+            f"was.{stopped} {ADVICE}"
         )
     text = (
-        f"Improved by {1 - best.mae / before.mae:.0%}: the mean absolute error {on} fell from {before.mae:.4f} to "
-        f"{best.mae:.4f}, and mean IoU went from {before.iou:.3f} to {best.iou:.3f} (best: {_epoch(best)} of "
-        f"{course.planned_epochs:g}).{stopped}"
+        f"Improved: {on}, mean absolute error went from {before.mae:.4f} to {best.mae:.4f} and IoU from "
+        f"{before.iou:.3f} to {best.iou:.3f} (best: {_epoch(best)} of {course.planned_epochs:g}).{stopped}"
     )
-    if best.iou < before.iou:
-        text += " IoU got worse: look at before_after.png before you use the model."
+    worse = [name for name, is_worse in (("IoU", best.iou < before.iou), ("MAE", best.mae > before.mae)) if is_worse]
+    if worse:
+        text += f" {worse[0]} alone got worse: look at before_after.png before you use the model."
     elif best is course.last:
         text += " The last epoch was the best, so more epochs may improve it further."
     return text
@@ -153,10 +170,12 @@ class ValidationWatch(TrainerCallback):
         logger.info("Validation, %s: mean absolute error %.4f%s, IoU %.3f", moment, latest.mae, change, latest.iou)
         if course.is_ruined:
             logger.warning(
-                "Stopped: the validation error is %.4f, twice that before training (%.4f) or more. The best model "
-                "is kept. Try a lower --learning-rate.",
-                latest.mae,
+                "Stopped: the validation is much worse than before training (mean absolute error %.4f, then %.4f; IoU "
+                "%.3f, then %.3f). The best model is kept. Try a lower --learning-rate.",
                 before.mae,
+                latest.mae,
+                before.iou,
+                latest.iou,
             )
             control.should_training_stop = True
         elif course.worse_in_a_row == WORSE_IN_A_ROW:

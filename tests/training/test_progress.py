@@ -37,7 +37,7 @@ def state_of(*errors, ious=None, first=0):
 def test_improvement_is_told_with_its_numbers():
     course = course_of(state_of(0.04, 0.05, 0.02, 0.03))
     text = verdict(course, 7)
-    assert text.startswith("Improved by 50%") and "0.0400 to 0.0200" in text and "epoch 2 of 10" in text
+    assert text.startswith("Improved") and "from 0.0400 to 0.0200" in text and "epoch 2 of 10" in text
     assert "7 validation photos" in text and "more epochs" not in text
     measured = results(course)
     assert (measured["mae_before"], measured["mae"], measured["mae_last"]) == (0.04, 0.02, 0.03)
@@ -48,8 +48,16 @@ def test_more_epochs_are_suggested_when_the_last_was_the_best():
     assert "more epochs may" in verdict(course_of(state_of(0.04, 0.03, 0.02)), 7)
 
 
-def test_lower_error_with_worse_iou_is_not_praised():
-    assert "IoU got worse" in verdict(course_of(state_of(0.04, 0.03, ious=[0.6, 0.5])), 7)
+def test_a_model_that_finds_nothing_is_not_better():
+    """Small subjects: a matte of zeros has a low MAE. The epoch with an IoU is kept."""
+    course = course_of(state_of(0.04, 0.02, 0.03, ious=[0.6, 0.0, 0.65]))
+    assert course.best.epoch == 2 and "alone" not in verdict(course, 7)
+    assert verdict(course_of(state_of(0.04, 0.02, ious=[0.6, 0.0])), 7).startswith("Not improved")
+
+
+def test_the_measure_that_got_worse_is_named():
+    assert "IoU alone got worse" in verdict(course_of(state_of(0.24, 0.03, ious=[0.6, 0.59])), 7)
+    assert "MAE alone got worse" in verdict(course_of(state_of(0.03, 0.04, ious=[0.6, 0.8])), 7)
 
 
 def test_no_improvement_is_told_with_advice():
@@ -90,7 +98,7 @@ def test_a_better_epoch_starts_the_count_again(caplog):
 def test_doubled_error_stops(caplog):
     with caplog.at_level(logging.WARNING):
         assert watch(0.04, 0.0801)
-    assert "twice" in caplog.text and not watch(0.04, 0.079)
+    assert "Stopped" in caplog.text and not watch(0.04, 0.079)
 
 
 def test_curve_is_a_picture(tmp_path):

@@ -37,7 +37,7 @@ class Settings:
     Attributes:
         model: sha256 of configuration, processor and weights.
         model_name: what the user called it; not part of the comparison.
-        options: those of the pipeline's `postprocess`, as JSON values.
+        options: those of `cut_out_photos`, as JSON values.
         picture_format, resolution, dtype: as on the command line.
         sink: `"files"`, `"parquet"` or `"webdataset"`.
     """

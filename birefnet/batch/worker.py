@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,10 +22,9 @@ from birefnet.batch.manifest import SETTLED_ERRORS, manifest_name, read_manifest
 from birefnet.batch.sinks import SHARDS, Result, describe_matte, output_name
 from birefnet.batch.sources import Block, Entry, read_entry
 from birefnet.batch.storage import Storage, StorageError
-from birefnet.cutout.jobs import Report
-from birefnet.cutout.stages import PhotoInWork, Stages, run_stages
+from birefnet.cutout.jobs import Report, in_one_line
+from birefnet.cutout.stages import PhotoInProgress, Stages, run_stages
 from birefnet.photos.finding import PhotoSource
-from birefnet.photos.reading import DecodedPhoto, read_photo
 from birefnet.photos.writing import encode_picture
 
 
@@ -44,7 +43,7 @@ class Task:
     Attributes:
         sink_url, sink: where results go, and in which of `SINKS`.
         settings_key: of `Settings`.
-        picture_format, options: of the results; `options` are those of the pipeline's `postprocess`.
+        picture_format, options: of the results; `options` are those of `cut_out_photos`.
         batch_size: photos per network call.
         remover: keyword arguments of `load_remover` without the model.
     """
@@ -128,7 +127,9 @@ class BlockStages(Stages):
 
     def __init__(self, worker: BlockWorker, block: str):
         task = worker.task
-        super().__init__(worker.remover, task.picture_format, overwrite=True, options=task.options)
+        options = dict(task.options)
+        srgb = options.pop("srgb", False)
+        super().__init__(worker.remover, task.picture_format, overwrite=True, srgb=srgb, options=options)
         self.task, self.storage = task, worker.storage
         self.shard_name = SHARDS[task.sink](worker.storage, block, task.picture_format).name
         self.seconds: Counter = Counter()
@@ -146,35 +147,27 @@ class BlockStages(Stages):
             with self.lock:
                 self.seconds[stage] += time.perf_counter() - start
 
-    def decode(self, entry: Entry) -> PhotoInWork:
+    def decode(self, entry: Entry) -> PhotoInProgress:
         record = {"id": entry.id, "source": entry.url, "version": entry.version, "sha256": None}
-        job = SimpleNamespace(source=SimpleNamespace(name=entry.name), entry=entry, record=record)
-        content = None
+        job = SimpleNamespace(source=PhotoSource(Path(entry.id), Path(entry.id)), entry=entry, record=record)
         try:
             with self.timed("read"):
                 content = read_entry(entry)
                 record["sha256"] = hashlib.sha256(content).hexdigest()
         except Exception as error:
             record["kind"] = "storage" if isinstance(error, StorageError) else "missing"
-            return self._failed(job, error)
+            return PhotoInProgress(job, Report(entry.name, error=in_one_line(error)))
         with self.lock:
             self.bytes_read += len(content)
-        job.content = content
+        encoded = SimpleNamespace(source=replace(job.source, content=content))
         with self.timed("decode"):
-            photo = super().decode(job)
-        job.content = None  # the encoded photo is not needed any more
+            photo = super().decode(encoded)
+        photo.job = job  # without the encoded photo, which is not needed any more
         if photo.report.error is not None:
             record["kind"] = "photo"
         return photo
 
-    def _failed(self, job, error: Exception) -> PhotoInWork:
-        return PhotoInWork(job, Report(job.source.name, error=" ".join(str(error).split()) or type(error).__name__))
-
-    def read(self, job) -> DecodedPhoto:
-        source = PhotoSource(Path(job.entry.id), Path(job.entry.id), content=job.content)
-        return read_photo(source, self.sufficient_side)
-
-    def run_network(self, batch: list[PhotoInWork]) -> list[PhotoInWork]:
+    def run_network(self, batch: list[PhotoInProgress]) -> list[PhotoInProgress]:
         with self.timed("network"):
             super().run_network(batch)
         for photo in batch:
@@ -182,7 +175,7 @@ class BlockStages(Stages):
                 photo.job.record.setdefault("kind", "network")
         return batch
 
-    def finish(self, photo: PhotoInWork) -> Result:
+    def finish(self, photo: PhotoInProgress) -> Result:
         photo.job.result = result = Result(photo.job.record)
         if photo.report.error is None:
             with self.timed("finish"):
@@ -195,7 +188,7 @@ class BlockStages(Stages):
         record["output"] = self._output_of(photo) if settled else None
         return result
 
-    def deliver(self, picture: Image.Image, photo: PhotoInWork) -> None:
+    def deliver(self, picture: Image.Image, photo: PhotoInProgress) -> None:
         if self.task.sink != "files":
             matte = self._matte_of(picture, photo)
             photo.job.result.subject = describe_matte(matte)
@@ -203,17 +196,17 @@ class BlockStages(Stages):
                 photo.job.result.matte = encode_picture(matte, "png", {})
         super().deliver(picture, photo)
 
-    def write(self, encoded: bytes, photo: PhotoInWork) -> None:
+    def write(self, encoded: bytes, photo: PhotoInProgress) -> None:
         photo.job.result.picture = encoded
 
-    def _matte_of(self, picture: Image.Image, photo: PhotoInWork) -> Image.Image:
+    def _matte_of(self, picture: Image.Image, photo: PhotoInProgress) -> Image.Image:
         if picture.mode == "L":
             return picture
         if picture.mode == "RGBA":
             return picture.getchannel("A")
         return self.remover.postprocess(photo.data, **{**self.options, "return_mask": True, "background": None})
 
-    def _write_file(self, photo: PhotoInWork) -> None:
+    def _write_file(self, photo: PhotoInProgress) -> None:
         """Files are written here, by several threads at a time; shards by the thread that collects the results."""
         picture = photo.job.result.picture
         if picture is None or self.sink_error is not None:
@@ -229,7 +222,7 @@ class BlockStages(Stages):
             self.sink_error = error
         photo.job.result.picture = None
 
-    def _output_of(self, photo: PhotoInWork) -> str | None:
+    def _output_of(self, photo: PhotoInProgress) -> str | None:
         if self.task.sink == "parquet":  # has a row for a photo with an error, too
             return self.shard_name
         if photo.report.error is not None:

@@ -168,7 +168,7 @@ def run_batch(arguments: argparse.Namespace) -> dict:
             break
         time.sleep(3)  # Ray's processes end after their driver
     facts = {"exit_code": driver.returncode, "seconds": round(time.time() - start, 1), "workers_killed": kills}
-    facts |= {"drivers_killed": drivers_killed, "report": json.loads(output) if output.strip() else None}
+    facts |= {"drivers_killed": drivers_killed, "report": json.loads(output.splitlines()[-1]) if output else None}
     facts |= account(arguments.photos, arguments.sink)
     if arguments.reference:
         facts["compared_with_reference"] = compare(arguments.sink, arguments.reference)

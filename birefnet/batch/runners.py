@@ -1,6 +1,7 @@
 """Blocks through workers: in this process, or in the actors of a Ray cluster with Ray Data."""
 
 import json
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -142,6 +143,8 @@ def connect(address: str):
             )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise CommandError(f"--ray {address}: {' '.join(str(error).split())}") from error
+    # Ray Data logs its plan on standard output, which `--json` needs for itself.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = -1  # none: a block of large photos takes its time on a CPU

@@ -135,7 +135,8 @@ def _expand(filesystem, root: str) -> Iterator[dict]:
         matches = with_retries(filesystem.glob, root, detail=True)
         if not matches:
             raise FileNotFoundError("nothing matches this pattern")
-        yield from (matches[path] for path in sorted(matches))
+        hidden = {path for path in matches if PurePosixPath(path).name.startswith(".")}
+        yield from (matches[path] for path in sorted(matches.keys() - hidden))
     else:
         yield with_retries(filesystem.info, root)
 

@@ -24,11 +24,13 @@ from roofline import MatrixProduct, count_flop
 from subjects import COMPILED, PLAIN, PROJECT, PUBLISHED, Subject, configuration, load_model
 
 from birefnet.inference.quantization import obstacle
+from birefnet.repository.hardware_birefnet import compute_plan
 
 
 COLUMNS = (
     ("subject", "{subject}"),
     ("dtype", "{dtype}"),
+    ("arithmetic", "{arithmetic}"),
     ("seconds", "{seconds:.3f}"),
     ("images/s", "{images_per_second:.2f}"),
     ("× plain", "{faster_than_plain:.2f}"),
@@ -56,8 +58,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--dtypes",
         nargs="+",
         choices=["float32", "bfloat16", "float16", "int8"],
-        help="default: float32 and bfloat16; on a GPU also float16, which most CPUs have no arithmetic for; on a CPU "
-        "with int8 arithmetic also int8 (this project only)",
+        help="dtypes of the weights; default: float32 and bfloat16, on a GPU also float16, on a CPU with int8 "
+        "arithmetic also int8 (this project only)",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
@@ -142,7 +144,7 @@ def measure_case(arguments: argparse.Namespace, model: str, side: int, batch: in
     runs, rows, mattes = {}, [], {}
     for subject in subjects_of(arguments, model):
         row = {"model": model, "side": side, "batch": batch, "subject": subject.name, "dtype": subject.dtype}
-        row |= {"flop": flop, "error": None, "times": []}
+        row |= {"arithmetic": arithmetic_of(subject, device), "flop": flop, "error": None, "times": []}
         rows.append(row)
         try:
             # Measure memory first, in a separate process: a subject that runs out of memory fails there.
@@ -157,12 +159,20 @@ def measure_case(arguments: argparse.Namespace, model: str, side: int, batch: in
             runs[subject] = (run, row)
         except Exception as error:  # any error: report it in the table and continue with the other subjects
             row["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
-    products = {name: MatrixProduct(device, getattr(torch, name)) for name in arguments.dtypes if name != "int8"}
+    arithmetics = {row["arithmetic"] for row in rows} - {"int8"}
+    products = {name: MatrixProduct(device, getattr(torch, name)) for name in sorted(arithmetics)}
     rates = run_in_turns(list(runs.values()), products, pixel_values, arguments.repeats)
     compare_mattes(mattes, {subject: row for subject, (_, row) in runs.items()})
     for row in rows:
         derive(row, rows, rates)
     return rows
+
+
+def arithmetic_of(subject: Subject, device: torch.device) -> str:
+    """The dtype of a subject's matrix products. This project does not always compute in the dtype of the weights."""
+    if subject.kind != PROJECT or subject.dtype == "int8":
+        return subject.dtype
+    return str(compute_plan(device, getattr(torch, subject.dtype)).arithmetic).removeprefix("torch.")
 
 
 def draw_images(batch: int, side: int) -> torch.Tensor:
@@ -222,7 +232,7 @@ def derive(row: dict, rows: list[dict], rates: dict[str, float]):
     if row["times"]:
         row["seconds"] = statistics.median(row["times"])
         row["images_per_second"] = row["batch"] / row["seconds"]
-        row["matrix_product_rate"] = rates.get(row["dtype"])
+        row["matrix_product_rate"] = rates.get(row["arithmetic"])
         if row["matrix_product_rate"]:
             row["roofline_percent"] = 100 * row["flop"] / row["seconds"] / row["matrix_product_rate"]
         for name, subject, dtype in (

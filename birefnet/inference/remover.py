@@ -3,6 +3,7 @@
 from birefnet import repository_folder
 from birefnet.errors import CommandError, UsageError
 from birefnet.hub.load import load_variant
+from birefnet.hub.variants import get_variant
 from birefnet.inference.loading import collector_at_rest, load_model
 
 
@@ -42,7 +43,7 @@ def load_remover(
     if variant and model:
         raise UsageError("--variant and --model contradict each other")
     device = find_device(device)
-    weights_dtype = _weights_dtype(dtype, device, batch_size)
+    weights_dtype = _weights_dtype(dtype, device, batch_size, get_variant(variant).parameters if variant else 0)
     source = str(variant or model or repository_folder())
     try:
         if variant:
@@ -76,19 +77,23 @@ def find_device(name: str):
         raise UsageError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
 
 
-def _weights_dtype(dtype: str, device, batch_size: int) -> str:
+def _weights_dtype(dtype: str, device, batch_size: int, parameters: int) -> str:
     """The dtype to load the weights in. An int8 model keeps the faster floating-point dtype between its products."""
+    import torch
+
+    from birefnet.repository.hardware_birefnet import compute_plan
+
     if dtype == "auto":
-        return "float32" if device.type == "cpu" else "float16"
+        return str(compute_plan(device, parameters=parameters).storage).removeprefix("torch.")
     if dtype != "int8":
         return dtype
-    from birefnet.inference.quantization import dtype_between, obstacle
+    from birefnet.inference.quantization import obstacle
 
     if reason := obstacle(device):
         raise UsageError(f"--dtype int8: {reason}")
     if batch_size > 1:
         raise UsageError("--dtype int8 takes photos one by one, as the others of a batch would change their mattes")
-    return str(dtype_between()).removeprefix("torch.")
+    return str(compute_plan(device, torch.bfloat16).arithmetic).removeprefix("torch.")
 
 
 def _set_resolution(processor, resolution: str | tuple[int, int] | None) -> None:

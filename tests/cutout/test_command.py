@@ -18,6 +18,7 @@ from PIL import Image
 
 from birefnet.command_line import main
 from birefnet.cutout.command import _suggest_dtype
+from birefnet.repository import hardware_birefnet
 
 
 def draw(width, height, seed=0):
@@ -279,7 +280,7 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path, capfd):
     ],
 )
 def test_a_faster_dtype_is_suggested_where_there_is_one(dtype, device, faster, suggested, monkeypatch, capsys):
-    monkeypatch.setattr("birefnet.inference.quantization.dtype_between", lambda: getattr(torch, faster))
+    monkeypatch.setattr(hardware_birefnet, "has_bfloat16_arithmetic", lambda: faster == "bfloat16")
     _suggest_dtype(SimpleNamespace(dtype=dtype), SimpleNamespace(device=torch.device(device)))
     assert ("--dtype bfloat16" in capsys.readouterr().err) == suggested
 

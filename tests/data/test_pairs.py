@@ -192,9 +192,9 @@ def test_batches_are_the_resized_pictures_cached_or_not(tmp_path):
 
 def test_cache_is_chosen_by_the_free_memory(tmp_path, monkeypatch):
     pairs = read_pairs([write_folder(tmp_path, ["a"])])
-    monkeypatch.setattr("birefnet.data.pairs.free_memory", lambda: 2 * 4 * 16 * 16)
+    monkeypatch.setattr("birefnet.training.dataset.free_memory", lambda: 2 * 4 * 16 * 16)
     assert MattingDataset(pairs, (16, 16), show_progress=False).pixels is None
-    monkeypatch.setattr("birefnet.data.pairs.free_memory", lambda: 2 * 4 * 16 * 16 + 2)
+    monkeypatch.setattr("birefnet.training.dataset.free_memory", lambda: 2 * 4 * 16 * 16 + 2)
     assert MattingDataset(pairs, (16, 16), show_progress=False).pixels is not None
 
 

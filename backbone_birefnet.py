@@ -101,7 +101,7 @@ def efficientnet_features(network: nn.Module, pixel_values: torch.Tensor) -> lis
 
 
 def inverted_residual(block: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    if block.conv_s2d is not None:
+    if getattr(block, "conv_s2d", None) is not None:
         return type(block).forward(block, hidden_states)
     shortcut = hidden_states
     hidden_states = convolve_normalize_activate(hidden_states, block.conv_pw, block.bn1)
@@ -112,7 +112,7 @@ def inverted_residual(block: nn.Module, hidden_states: torch.Tensor) -> torch.Te
 
 
 def depthwise_separable(block: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    if block.conv_s2d is not None:
+    if getattr(block, "conv_s2d", None) is not None:
         return type(block).forward(block, hidden_states)
     shortcut = hidden_states
     hidden_states = convolve_normalize_activate(hidden_states, block.conv_dw, block.bn1)
@@ -137,7 +137,7 @@ def convolve_normalize_activate(hidden_states: torch.Tensor, convolution: nn.Mod
     activation = getattr(norm, "act", None)
     if not (is_plain(convolution, "Conv2d", "Conv2dSame") and is_plain(norm, "BatchNormAct2d")):
         return norm(convolution(hidden_states))
-    if norm.training or not can_fuse(hidden_states, activation):
+    if norm.training or isinstance(convolution.padding, str) or not can_fuse(hidden_states, activation):
         return norm(convolution(hidden_states))
     weight, bias = fold_batch_norm(convolution.weight, convolution.bias, norm, like=hidden_states)
     options = {name: getattr(convolution, name) for name in ("stride", "padding", "dilation", "groups")}

@@ -118,7 +118,7 @@ class ConvertedWeights(TorchFunctionMode):
     """
     Context that converts weights to the dtype of the arithmetic while an operation uses them.
 
-    The converted weight is freed after its operation, so at most one layer has a second copy at a time.
+    A converted weight is freed after its operation, so only the layers at work have a second copy.
 
     Args:
         storage: Dtype of the weights.
@@ -306,12 +306,14 @@ FUSED_ACTIVATIONS = {
 
 def can_fuse(maps: torch.Tensor, activation: nn.Module) -> bool:
     """Whether oneDNN can compute a convolution of `maps` and this activation in one pass."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
     return (
         type(activation) in FUSED_ACTIVATIONS
         and maps.device.type == "cpu"
         and (maps.dtype == torch.float32 or infers_in_bfloat16(maps))
         and torch.backends.mkldnn.is_available()
-        and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_replaced())
+        and not is_replaced()
     )
 
 

@@ -3,6 +3,7 @@
     python benchmarks/speed.py                                              # 1024², batch 1, on this machine's device
     python benchmarks/speed.py --models lite --sizes 512 1024 2048 --batches 1 8
     python benchmarks/speed.py --peer CHECKOUT --onnx FILE --json out/speed.json --picture out/speed.png
+    python benchmarks/speed.py --models . --sizes 448 --dtypes float32 --no-plain --onnx FILE   # the embedded network
 
 All subjects of a case run in turns in one process, so a disturbance of the machine affects all of them alike. A matrix
 product runs in turn with them. Its rate is the roofline.
@@ -139,7 +140,10 @@ def measure_case(arguments: argparse.Namespace, model: str, side: int, batch: in
     """One row for each subject at one size and batch."""
     device = torch.device(arguments.device)
     pixel_values = draw_images(batch, side).to(device)
-    flop = count_flop(configuration(model), batch, side)
+    try:
+        flop = count_flop(configuration(model), batch, side)
+    except ValueError:  # the plain formulation does not have this network, so its row has no roofline
+        flop = None
     networks = {dtype: load_model(model, dtype, arguments.device) for dtype in arguments.dtypes}
     runs, rows, mattes = {}, [], {}
     for subject in subjects_of(arguments, model):
@@ -233,7 +237,7 @@ def derive(row: dict, rows: list[dict], rates: dict[str, float]):
         row["seconds"] = statistics.median(row["times"])
         row["images_per_second"] = row["batch"] / row["seconds"]
         row["matrix_product_rate"] = rates.get(row["arithmetic"])
-        if row["matrix_product_rate"]:
+        if row["matrix_product_rate"] and row["flop"]:
             row["roofline_percent"] = 100 * row["flop"] / row["seconds"] / row["matrix_product_rate"]
         for name, subject, dtype in (
             ("faster_than_plain", PLAIN, row["dtype"]),
@@ -280,9 +284,8 @@ def main():
             for batch in arguments.batches:
                 case = measure_case(arguments, model, side, batch)
                 rows += case
-                print(
-                    f"\n{model}, {side}², batch {batch}: {case[0]['flop'] / 1e9:.0f} GFLOP\n{table(case)}", flush=True
-                )
+                arithmetic = f": {case[0]['flop'] / 1e9:.0f} GFLOP" if case[0]["flop"] else ""
+                print(f"\n{model}, {side}², batch {batch}{arithmetic}\n{table(case)}", flush=True)
                 if arguments.json:  # after every case, because a long run may be interrupted
                     arguments.json.parent.mkdir(parents=True, exist_ok=True)
                     arguments.json.write_text(json.dumps({"environment": about, "rows": rows}, indent=1) + "\n")

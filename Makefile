@@ -1,16 +1,20 @@
-# Two commands: `make demo` cuts the subjects out of real photos, `make test` runs the tests. Each sets up what it needs
-# in .venv; PYTHON chooses the interpreter (3.10 or newer). Tests against the live Hub fetch 9 GB and run apart:
-# `.venv/bin/python -m pytest -m hub`.
+# Each target installs what it needs into .venv. PYTHON chooses the interpreter (3.10 or newer).
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test clean
+.PHONY: help demo test clean
 
-demo: $(VENV)/demo.installed
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
+	@echo '  PYTHON=python3.12 make …       use another interpreter'
+	@echo '  PYTEST_ARGUMENTS=… make test   pass arguments to pytest, such as tests/test_modeling.py'
+	@echo '  $(VENV)/bin/python -m pytest -m hub   tests against the live Hugging Face Hub (downloads 9 GB)'
+
+demo: $(VENV)/demo.installed  ## cut the subjects out of three photos into out/
 	$(VENV)/bin/python -m birefnet.demo out
 
-test: $(VENV)/test.installed
+test: $(VENV)/test.installed  ## check the style and run the tests
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python -m pytest -m "not hub" $(PYTEST_ARGUMENTS)
@@ -22,5 +26,5 @@ $(VENV)/demo.installed $(VENV)/test.installed: $(VENV)/%.installed: pyproject.to
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-clean:
+clean:  ## remove .venv, out/ and build results
 	rm -rf $(VENV) out build dist *.egg-info

@@ -1,15 +1,14 @@
 """
-Serves the model on Hugging Face Inference Endpoints, whose service makes one `EndpointHandler` of the repository's
-folder and calls it for every request.
+Serves the model on Hugging Face Inference Endpoints. The service creates one `EndpointHandler` with the repository's
+folder and calls it for each request.
 
-A request is a picture, or JSON with `inputs` (a URL, or the picture in base64) and `parameters` for the pipeline
-"background-removal", such as `return_mask` or `background`. The service turns the picture that comes back into what
-the request accepts: `image/png` or `image/webp`, or base64 in JSON.
+A request is a picture, or JSON with `inputs` (a URL, or the picture in base64) and `parameters` for the
+"background-removal" pipeline, such as `return_mask` or `background`. The service converts the returned picture to the
+type that the request accepts: `image/png`, `image/webp`, or base64 in JSON.
 """
 
 import base64
 import binascii
-from io import BytesIO
 
 import torch
 from PIL import Image, ImageColor
@@ -35,18 +34,18 @@ class EndpointHandler:
     def __call__(self, data: dict):
         """
         Args:
-            data (`dict`): `inputs`, a picture (`PIL.Image.Image`), a URL, base64 text, or a list of these, and
-                optionally `parameters`, keyword arguments of the pipeline.
+            data (`dict`): `inputs` is a picture (`PIL.Image.Image`), a URL, base64 text, or a list of these.
+                `parameters` (optional) are keyword arguments of the pipeline.
 
         Returns:
-            `PIL.Image.Image` or a list of them: the cut-out, or what the parameters ask for.
+            `PIL.Image.Image` or a list of them: the cut-out, or the result that the parameters select.
 
         Raises:
-            ValueError: if the request has no inputs, or one is neither a picture, a URL nor base64.
+            ValueError: The request has no inputs, or an input is not a picture, a URL or base64.
         """
         inputs = data.get("inputs")
         if inputs is None or inputs in ([], ""):
-            raise ValueError("The request has no inputs; give a picture, a URL or a picture in base64.")
+            raise ValueError("The request has no inputs: send a picture, a URL or a picture in base64.")
         parameters = dict(data.get("parameters") or {})
         if isinstance(parameters.get("background"), str):
             parameters["background"] = read_background(parameters["background"])
@@ -55,21 +54,24 @@ class EndpointHandler:
 
 
 def read_picture(picture):
-    """What a request sent, as the pipeline takes it. Never a path: those would be the server's own files."""
+    """
+    Converts an input of a request to an input of the pipeline: a PIL image, a URL or the bytes of an encoded picture.
+
+    Text is never taken for a path, which would give access to the server's own files.
+    """
     if isinstance(picture, Image.Image) or str(picture).startswith(("http://", "https://")):
         return picture
-    text = str(picture).split("base64,")[-1]  # also data URLs
+    text = str(picture).split("base64,")[-1]  # the part of a data URL after its header
     try:
-        decoded = Image.open(BytesIO(base64.b64decode(text, validate=True)))
-        decoded.load()
-    except (binascii.Error, OSError) as error:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
         raise ValueError(f"Neither a URL nor a picture in base64: {text[:40]!r}.") from error
-    return decoded
 
 
 def read_background(background: str):
-    """A colour's name, or a picture as in `read_picture`."""
+    """Returns a colour's name as it is, and a picture as [`read_picture`] does."""
     try:
-        return "transparent" if background == "transparent" else ImageColor.getrgb(background)[:3]
+        ImageColor.getrgb("black" if background == "transparent" else background)
     except ValueError:
         return read_picture(background)
+    return background

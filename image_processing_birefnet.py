@@ -1,207 +1,136 @@
-"""Photos to network input, and the network's output back to mattes at the photos' size."""
+"""The image processor: photos to network input, and the network's output to mattes of the photos' sizes."""
 
-import io
-import os
-import urllib.request
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypedDict
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from torch.nn import functional as F
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature, get_size_dict
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ChannelDimension
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .matting_birefnet import estimate_foreground, guided_upsampling, sharpened_matte, to_planes
+from .photo_birefnet import (
+    channel_axis,
+    check_dimensions,
+    check_values,
+    fill_transparent,
+    own_alpha,
+    read_picture,
+    to_rgb,
+)
 
 
-# torch's name of each PIL filter that it has an equal of.
+# The filters that torch has as well, by PIL's number.
 _TORCH_INTERPOLATIONS = {
     Image.Resampling.NEAREST: "nearest-exact",
     Image.Resampling.BILINEAR: "bilinear",
 }
-_CHANNEL_COUNTS = (1, 2, 3, 4)  # gray, gray + alpha, RGB, RGB + alpha
-_MAX_DOWNLOAD_BYTES = 512 * 2**20
-
-
-def _open_image(source: Any, timeout: float | None) -> Image.Image:
-    if isinstance(source, str) and source.startswith(("http://", "https://", "data:")):
-        # Some sites refuse Python's default agent.
-        request = urllib.request.Request(source, headers={"User-Agent": "birefnet"})
-        with urllib.request.urlopen(request, timeout=timeout) as response:
-            source = response.read(_MAX_DOWNLOAD_BYTES + 1)
-        if len(source) > _MAX_DOWNLOAD_BYTES:
-            raise ValueError(f"the download is larger than {_MAX_DOWNLOAD_BYTES // 2**20} MiB")
-    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-
-
-def _image_to_rgb(image: Image.Image) -> Image.Image:
-    """
-    Upright 8-bit RGB of a PIL image of any mode; transparency is dropped, not composited. What is so already is not
-    copied: a photo passes here once for each thing that is done with it.
-    """
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit gray, which PIL would cut off at 255; "I" is how some such files open
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"values must be 16-bit, 0 to 65535, got {values.min()} to {values.max()}")
-        return _array_to_image(values.astype(np.uint16))
-    if image.mode == "F":
-        return _array_to_image(np.asarray(image))
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # the same colours as directly, without PIL's warning
-    in_memory = type(image) is Image.Image  # a file's own picture is gone when the file is closed
-    return image if image.mode == "RGB" and in_memory else image.convert("RGB")
-
-
-def _check_values(image: np.ndarray | torch.Tensor) -> None:
-    """Refuse values whose meaning would have to be guessed."""
-    dtype = str(image.dtype)
-    if dtype.endswith(("bool", "uint8", "uint16")):
-        return  # the whole range is allowed
-    low, high = float(image.min()), float(image.max())
-    if "float" in dtype and not (low >= -1e-3 and high <= 1 + 1e-3):  # also refuses NaN
-        raise ValueError(f"floating-point images must have values in [0, 1], got {low:g} to {high:g} ({dtype})")
-    if "int" in dtype and not (low >= 0 and high <= 255):
-        raise ValueError(
-            f"integer images must have values from 0 to 255 (0 to 65535 as uint16), got {low:g} to {high:g} ({dtype})"
-        )
-
-
-def _channel_axis(shape: tuple[int, ...], input_data_format: str | None, preferred: int) -> int:
-    """Which axis of a three-dimensional image holds the channels: 0 or -1."""
-    if input_data_format is not None:
-        axes = [0 if ChannelDimension(input_data_format) == ChannelDimension.FIRST else -1]
-    else:
-        axes = [preferred, -1 - preferred]
-    for axis in axes:
-        if shape[axis] in _CHANNEL_COUNTS:
-            return axis
-    raise ValueError(
-        f"an image must have 1, 2, 3 or 4 channels, first or last, got shape {tuple(shape)}"
-        + (f" with input_data_format={str(input_data_format)!r}" if input_data_format is not None else "")
-    )
-
-
-def _check_dimensions(shape: tuple[int, ...]) -> None:
-    if len(shape) not in (2, 3):
-        raise ValueError(
-            f"an image must have 2 dimensions (height, width) or 3 (with channels), got shape {tuple(shape)}"
-        )
-    if 0 in shape:
-        raise ValueError(f"an image must not be empty, got shape {tuple(shape)}")
-
-
-def _array_to_image(array: np.ndarray, input_data_format: str | None = None) -> Image.Image:
-    """8-bit RGB of (H, W), (H, W, C) or (C, H, W): bool, integer 0 to 255, uint16 0 to 65535, or floating 0 to 1."""
-    _check_dimensions(array.shape)
-    if array.dtype.kind not in "buif":
-        raise TypeError(f"an image array must hold booleans, integers or floating-point numbers, got {array.dtype}")
-    array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    _check_values(array)
-    if array.ndim == 3:
-        array = np.moveaxis(array, _channel_axis(array.shape, input_data_format, preferred=-1), -1)
-        array = array[..., :3] if array.shape[-1] > 2 else array[..., 0]
-    if array.dtype.kind == "f":
-        array = (array.clip(0, 1) * 255).round()
-    elif array.dtype == np.uint16:
-        array = (array / 257).round()
-    elif array.dtype == bool:
-        array = array * 255
-    return Image.fromarray(np.ascontiguousarray(array, dtype=np.uint8)).convert("RGB")
 
 
 def _tensor_to_pixels(image: torch.Tensor, input_data_format: str | None = None) -> torch.Tensor:
-    """(H, W), (C, H, W) or (H, W, C) to float32 (3, H, W) on the same device: 0 to 1 if floating, else 0 to 255."""
-    _check_dimensions(image.shape)
+    """
+    Converts (H, W), (C, H, W) or (H, W, C) to float32 (3, H, W), or (4, H, W) where the image has an alpha channel.
+
+    Floating-point images give values from 0 to 1, all others from 0 to 255. The device stays the same.
+    """
+    check_dimensions(image.shape)
     if image.is_complex():
         raise TypeError(f"an image tensor must hold booleans, integers or floating-point numbers, got {image.dtype}")
-    _check_values(image)
+    check_values(image)
     dtype, image = image.dtype, image.to(torch.float32)
     if image.ndim == 2:
         image = image.unsqueeze(0)
     else:
-        image = image.movedim(_channel_axis(image.shape, input_data_format, preferred=0), 0)
+        image = image.movedim(channel_axis(image.shape, input_data_format, preferred=0), 0)
     if dtype == torch.bool:
         image = image * 255
     elif dtype == torch.uint16:
         image = image / 257
-    return image[:3] if image.shape[0] > 2 else image[:1].expand(3, -1, -1)
+    return image if image.shape[0] > 2 else torch.cat([image[:1].expand(3, -1, -1), image[1:]])
 
 
-def load_photo(image: Any, input_data_format: str | None = None, timeout: float | None = None) -> Image.Image:
+def read_photo(
+    image: Any, timeout: float | None = None, input_data_format: str | None = None
+) -> tuple[Image.Image, Image.Image | None]:
     """
-    Read a photo as the network sees it: upright, 8-bit RGB. Mattes have the size of this image.
-
-    The EXIF orientation is applied. Transparency is dropped and the colours below it are kept, as `convert("RGB")`
-    does (the preprocessing of the official weights). 16-bit gray is scaled to 8 bits. Of an animation the first frame
-    is taken.
+    Reads a photo and separates its colours from its own transparency.
 
     Args:
-        image (`str`, `os.PathLike`, `bytes`, binary file, `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
-            A path, a URL (`http://`, `https://` or `data:`), an encoded file, or an image. Arrays and tensors are
-            (H, W), (H, W, C) or (C, H, W) of booleans, integers from 0 to 255, `uint16`, or floating-point numbers
-            from 0 to 1.
-        input_data_format (`str`, *optional*):
-            "channels_first" or "channels_last", for arrays and tensors whose shape allows both (otherwise arrays are
-            taken as channels last, tensors as channels first).
-        timeout (`float`, *optional*): Seconds to wait for a URL's server; by default as long as it takes.
+        image, timeout, input_data_format: As for [`load_photo`].
+
+    Returns:
+        `tuple[PIL.Image.Image, PIL.Image.Image | None]`: The upright colours (RGB; `info` holds the photo's
+        `icc_profile` and `dpi`, if any) with white in fully transparent pixels, and the alpha (L), or `None` for an
+        opaque photo.
 
     Raises:
-        FileNotFoundError, PermissionError, IsADirectoryError: There is no such file, or it may not be read.
-        ValueError: No image, a damaged one, one of more than twice `PIL.Image.MAX_IMAGE_PIXELS` pixels (it would
-            exhaust the memory), a failed download, or an array whose shape or values are no image's.
-        TypeError: `image` is of another type.
+        As [`load_photo`].
     """
     if isinstance(image, torch.Tensor):
         pixels = _tensor_to_pixels(image, input_data_format)
         image = (pixels * 255 if image.is_floating_point() else pixels).round().clamp(0, 255)
-        return Image.fromarray(image.permute(1, 2, 0).to("cpu", torch.uint8).numpy())
-    if isinstance(image, np.ndarray):
-        return _array_to_image(image, input_data_format)
-    if not isinstance(image, str | os.PathLike | bytes | Image.Image) and not hasattr(image, "read"):
-        raise TypeError(
-            "an image must be a path, a URL, an encoded file, a PIL image, a NumPy array or a torch tensor, "
-            f"got {type(image).__name__}"
-        )
-    name = str(image)[:200] if isinstance(image, str | os.PathLike) else "the image"
-    try:
-        if isinstance(image, Image.Image):
-            return _image_to_rgb(image)
-        with _open_image(image, timeout) as opened:
-            return _image_to_rgb(opened)
-    except (FileNotFoundError, PermissionError, IsADirectoryError):
-        raise
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"cannot read {name}: it has too many pixels. {error}") from error
-    except Image.UnidentifiedImageError as error:
-        raise ValueError(f"cannot read {name}: it is no image, or of a format that Pillow does not know") from error
-    except Exception as error:  # decoders raise almost anything on damaged data
-        raise ValueError(f"cannot read {name}: {error or type(error).__name__}") from error
+        image = image.permute(1, 2, 0).to("cpu", torch.uint8).numpy()
+        input_data_format = "channels_last"
+    picture = read_picture(image, timeout, input_data_format)
+    alpha = own_alpha(picture)
+    return fill_transparent(to_rgb(picture), alpha), alpha
+
+
+def load_photo(image: Any, input_data_format: str | None = None, timeout: float | None = None) -> Image.Image:
+    """
+    Reads a photo as the network sees it: upright, 8-bit RGB. Mattes have the size of this image.
+
+    The EXIF orientation is applied. Fully transparent pixels become white. 16-bit photos are scaled to 8 bits. Of an
+    animation the first frame is taken.
+
+    Args:
+        image (`str`, `os.PathLike`, `bytes`, `dict`, binary file, `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
+            A path, a URL (`http://`, `https://` or `data:`), an encoded file, the same in base64, a dictionary with
+            `"bytes"` or `"path"` (as `datasets` gives undecoded images), or an image. Arrays and tensors are (H, W),
+            (H, W, C) or (C, H, W) of booleans, integers from 0 to 255, `uint16`, or floating-point numbers from 0
+            to 1.
+        input_data_format (`str`, *optional*):
+            "channels_first" or "channels_last", for arrays and tensors whose shape allows both. By default arrays are
+            channels last and tensors channels first.
+        timeout (`float`, *optional*): Seconds that a download may take. No limit by default.
+
+    Raises:
+        FileNotFoundError, PermissionError, IsADirectoryError: The file does not exist or may not be read.
+        ValueError: The image is damaged, has an unknown format or more than twice `PIL.Image.MAX_IMAGE_PIXELS` pixels
+            (so that memory stays bounded), a download failed, or an array has an impossible shape or impossible
+            values.
+        TypeError: `image` has another type.
+    """
+    return read_photo(image, timeout, input_data_format)[0]
+
+
+def _fill_transparent(pixels: torch.Tensor, white: int) -> torch.Tensor:
+    """Replaces the hidden colours of a tensor (3 or 4, H, W) by white: (3, H, W). See `fill_transparent`."""
+    return pixels if pixels.shape[0] == 3 else torch.where(pixels[3:] > 0, pixels[:3], white)
 
 
 def _resized_matte(matte: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """(1, h, w) to (height, width) = `size`."""
+    """Resizes (1, h, w) to (height, width) = `size`."""
     if matte.shape[-2:] == size:
         return matte[0]
     return F.interpolate(matte[None], size=size, mode="bilinear", antialias=True)[0, 0].clamp_(0, 1)
 
 
 def _as_list(images: Any) -> list:
-    """One image, a list of them, or a four-dimensional batch as a list of images."""
+    """Returns a list of images for one image, a list of them, or a four-dimensional batch."""
     if isinstance(images, np.ndarray | torch.Tensor):
         images = list(images) if images.ndim == 4 else [images]
     elif not isinstance(images, list | tuple):
         images = [images]
     if len(images) == 0:
-        raise ValueError("at least one image is needed, got an empty list")
+        raise ValueError("expected at least one image, got an empty list")
     return list(images)
 
 
 class BiRefNetImageProcessorKwargs(TypedDict, total=False):
-    """The processor's settings; `BiRefNetImageProcessor` describes them."""
+    """The processor's settings. `BiRefNetImageProcessor` describes them."""
 
     do_resize: bool
     size: dict[str, int]
@@ -220,37 +149,37 @@ class BiRefNetImageProcessorKwargs(TypedDict, total=False):
 
 class BiRefNetImageProcessor(BaseImageProcessor):
     r"""
-    Prepares photos for BiRefNet and turns its output into mattes. One class, which needs no torchvision.
+    Prepares photos for BiRefNet and turns its output into mattes. Does not need torchvision.
 
-    Photos, arrays, paths and URLs are resized with PIL (antialiased) and then normalised, as the official weights were
-    trained; tensors are resized with torch on their own device, within 2/255 of that.
+    Photos, arrays, paths and URLs are resized with PIL (antialiased) and then normalised, as in the training of the
+    official weights. Tensors are resized with torch on their own device; the values differ by at most 2/255.
 
     Args:
         do_resize (`bool`, *optional*, defaults to `True`): Whether to resize the photos.
         size (`dict[str, int]`, *optional*, defaults to `{"height": 1024, "width": 1024}`):
-            Size of the network's input, whatever the photo's aspect. The network needs multiples of 32.
+            Size of the network's input for photos of every aspect ratio. The network needs multiples of 32.
         resample (`int` or `PIL.Image.Resampling`, *optional*, defaults to `BILINEAR`):
-            Filter. For tensors nearest or bilinear.
+            Resampling filter. Tensors support nearest and bilinear only.
         do_dynamic_resize (`bool`, *optional*, defaults to `False`):
-            Instead of `size`, use each photo's own size: scaled, with its aspect kept, so that its sides lie within
-            `minimum_size` and `maximum_size`, then rounded to multiples of `size_divisor`. A photo too elongated for
-            both bounds is stretched to meet them.
-        size_divisor (`int`, *optional*, defaults to 32): Sides under dynamic sizing are multiples of this.
-        minimum_size (`int`, *optional*, defaults to 256): Shortest side under dynamic sizing.
-        maximum_size (`int`, *optional*, defaults to 2304): Longest side under dynamic sizing.
+            Whether to use each photo's own size instead of `size`. The photo is scaled, with its aspect ratio kept, so
+            that its sides are within `minimum_size` and `maximum_size`, and then rounded to multiples of
+            `size_divisor`. A photo too elongated for both limits is stretched.
+        size_divisor (`int`, *optional*, defaults to 32): Divisor of the sides under dynamic sizing.
+        minimum_size (`int`, *optional*, defaults to 256): Minimum of the shorter side under dynamic sizing.
+        maximum_size (`int`, *optional*, defaults to 2304): Maximum of the longer side under dynamic sizing.
         do_rescale (`bool`, *optional*, defaults to `True`): Whether to multiply 8-bit values by `rescale_factor`.
-            Floating-point images already lie in [0, 1] and are never rescaled.
+            Floating-point images are in [0, 1] already and are never rescaled.
         rescale_factor (`float`, *optional*, defaults to 1/255): Factor from 8-bit values to [0, 1].
         do_normalize (`bool`, *optional*, defaults to `True`): Whether to subtract the mean and divide by the
             standard deviation.
-        image_mean (`list[float]`, *optional*): Mean of each channel; ImageNet's if not given.
-        image_std (`list[float]`, *optional*): Standard deviation of each channel; ImageNet's if not given.
-        do_guided_upsampling (`bool`, *optional*, defaults to `False`): Whether mattes follow the photo's edges where
-            it is larger than the network's input (`sharpened_matte`, then `guided_upsampling`), for networks with a
-            small one. The official result is without.
+        image_mean (`list[float]`, *optional*): Mean of each channel. Defaults to ImageNet's.
+        image_std (`list[float]`, *optional*): Standard deviation of each channel. Defaults to ImageNet's.
+        do_guided_upsampling (`bool`, *optional*, defaults to `False`): Whether to refine mattes by the photo's edges
+            where the photo is larger than the network's input (`sharpened_matte`, then `guided_upsampling`). Meant for
+            networks with a small input. The official weights are used without it.
 
     Raises:
-        ValueError: A setting is impossible.
+        ValueError: A setting is outside its range.
 
     Example:
 
@@ -264,9 +193,10 @@ class BiRefNetImageProcessor(BaseImageProcessor):
 
     model_input_names: ClassVar[list[str]] = ["pixel_values"]
     valid_kwargs = BiRefNetImageProcessorKwargs
-    _auto_class = "AutoImageProcessor"  # `save_pretrained` carries the code along
+    _auto_class = "AutoImageProcessor"  # makes `save_pretrained` copy the code
 
-    # Reachable from a processor loaded with `trust_remote_code`, whose modules cannot be imported by name.
+    # Gives access to the function where the processor was loaded with `trust_remote_code`: modules of such code cannot
+    # be imported by name.
     estimate_foreground = staticmethod(estimate_foreground)
 
     def __init__(
@@ -313,28 +243,28 @@ class BiRefNetImageProcessor(BaseImageProcessor):
         low, high = self._dynamic_bounds()
         if self.size_divisor < 1 or not 0 < low <= high:
             raise ValueError(
-                "`minimum_size` and `maximum_size` must enclose a multiple of `size_divisor`, got "
+                "a multiple of `size_divisor` must lie between `minimum_size` and `maximum_size`, got "
                 f"minimum_size={self.minimum_size}, maximum_size={self.maximum_size}, size_divisor={self.size_divisor}"
             )
         if len(self.image_mean) != 3 or len(self.image_std) != 3 or 0 in self.image_std:
             raise ValueError(
-                "`image_mean` and `image_std` must have three values each, the deviations not zero, got "
+                "`image_mean` and `image_std` must have three values each, and no deviation may be zero, got "
                 f"{self.image_mean} and {self.image_std}"
             )
 
     def _dynamic_bounds(self) -> tuple[int, int]:
-        """Shortest and longest side under dynamic sizing, as multiples of the divisor."""
+        """Minimum and maximum side under dynamic sizing, as multiples of the divisor."""
         divisor = max(self.size_divisor, 1)
         return -(-self.minimum_size // divisor) * divisor, self.maximum_size // divisor * divisor
 
     def fetch_images(self, image_url_or_urls: Any) -> Image.Image | list[Image.Image]:
-        """Read one image or a list: the upright RGB photos whose size the mattes have. See `load_photo`."""
+        """Reads one image, or a list of images, as `load_photo` does. Mattes have the sizes of these photos."""
         if isinstance(image_url_or_urls, list | tuple):
             return [load_photo(image) for image in image_url_or_urls]
         return load_photo(image_url_or_urls)
 
     def network_size(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) of the network's input for a photo of the given height and width."""
+        """Returns the (height, width) of the network's input for a photo of the given height and width."""
         if not self.do_resize:
             return height, width
         if not self.do_dynamic_resize:
@@ -346,13 +276,13 @@ class BiRefNetImageProcessor(BaseImageProcessor):
         return tuple(min(max(side, low), high) for side in sides)
 
     def _resized_photo(self, image: Image.Image) -> torch.Tensor:
-        """RGB image to uint8 (3, H, W) at the network's size."""
+        """Resizes an RGB image to the network's size: uint8 (3, H, W)."""
         height, width = self.network_size(image.height, image.width)
         image = image.resize((width, height), self.resample)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
     def _resized_tensor(self, image: torch.Tensor) -> torch.Tensor:
-        """float32 (3, h, w) to (3, H, W) at the network's size, with antialiasing, on the same device."""
+        """Resizes float32 (3, h, w) to the network's size (3, H, W) with antialiasing, on the same device."""
         height, width = self.network_size(*image.shape[-2:])
         if image.shape[-2:] == (height, width):
             return image
@@ -360,17 +290,18 @@ class BiRefNetImageProcessor(BaseImageProcessor):
         if mode is None:
             allowed = ", ".join(filter.name.lower() for filter in _TORCH_INTERPOLATIONS)
             raise ValueError(
-                f"tensors can be resized with {allowed}, got {Image.Resampling(self.resample).name.lower()}; "
-                "convert them to PIL images for other filters"
+                f"tensors can be resized with {allowed}, got {Image.Resampling(self.resample).name.lower()}: "
+                "convert the tensors to PIL images for other filters"
             )
         return F.interpolate(image[None], size=(height, width), mode=mode, antialias=mode == "bilinear")[0]
 
     def _pixel_values(self, image: Any, input_data_format: str | None, device: Any) -> torch.Tensor:
-        """One image of any kind to normalised float32 (3, H, W)."""
-        is_unit_range = False  # else 0 to 255
+        """Converts one image of any kind to normalised float32 (3, H, W)."""
+        is_unit_range = False  # values from 0 to 1 instead of 0 to 255
         if isinstance(image, torch.Tensor):
             is_unit_range = image.is_floating_point()
-            pixels = self._resized_tensor(_tensor_to_pixels(image, input_data_format).to(device))
+            pixels = _fill_transparent(_tensor_to_pixels(image, input_data_format), 1 if is_unit_range else 255)
+            pixels = self._resized_tensor(pixels.to(device))
         else:
             pixels = self._resized_photo(load_photo(image, input_data_format)).to(device)
             pixels = pixels.to(torch.float32).contiguous()
@@ -392,30 +323,31 @@ class BiRefNetImageProcessor(BaseImageProcessor):
         **settings,
     ) -> BatchFeature:
         """
-        Prepare one image or a batch.
+        Prepares one image or a batch.
 
         Args:
-            images: Whatever `load_photo` takes, a list of such, or a four-dimensional array or tensor.
+            images: An image of any kind that `load_photo` accepts, a list of images, or a four-dimensional array or
+                tensor.
             return_tensors (`str`, *optional*):
-                `"pt"` or `"np"` for one batch (B, 3, H, W), which needs inputs of one size; by default a list of
-                float32 tensors (3, H, W), which `group_by_size` makes batches of.
+                `"pt"` or `"np"` for one batch (B, 3, H, W), which needs inputs of one size. By default a list of
+                float32 tensors (3, H, W), from which `group_by_size` makes batches.
             input_data_format (`str`, *optional*): As for `load_photo`.
-            device (`str` or `torch.device`, *optional*): Where the result is wanted; by default tensors stay on their
-                device and all else is on the CPU.
-            settings: Any of the processor's settings, for this call.
+            device (`str` or `torch.device`, *optional*): The device of the result. By default tensors stay on their
+                device and all other images go to the CPU.
+            settings: Any of the processor's settings, for this call only.
 
         Returns:
             `BatchFeature` with `pixel_values`.
 
         Raises:
-            ValueError: No image, an image that cannot be read or whose shape or values are no image's, or one batch
-                was asked for but dynamic sizing gives different sizes.
-            TypeError: An image or a setting of an unknown kind.
+            ValueError: There is no image, an image cannot be read or has an impossible shape or impossible values, or
+                `return_tensors` asks for one batch of different sizes.
+            TypeError: An image or a setting has an unknown kind.
         """
         unknown = sorted(set(settings) - set(self.valid_kwargs.__annotations__))
         if unknown:
             allowed = ", ".join(self.valid_kwargs.__annotations__)
-            raise TypeError(f"unknown setting {', '.join(unknown)}; the settings are {allowed}")
+            raise TypeError(f"unknown setting {', '.join(unknown)}: the settings are {allowed}")
         settings = {name: value for name, value in settings.items() if value is not None}
         if settings:
             processor = type(self)(**{**self.to_dict(), **settings})
@@ -438,15 +370,15 @@ class BiRefNetImageProcessor(BaseImageProcessor):
     @staticmethod
     def group_by_size(pixel_values: list[torch.Tensor]) -> list[tuple[list[int], torch.Tensor]]:
         """
-        Batches out of images of different sizes, so that each image's result equals that of the image alone.
+        Groups images of different sizes into batches of one size each, without padding.
 
         Args:
             pixel_values (`list[torch.Tensor]`):
                 Images (3, H, W), as the processor returns them without `return_tensors`.
 
         Returns:
-            `list[tuple[list[int], torch.Tensor]]`: For each size, in the order of first appearance, the positions of
-            its images in the list and the batch (B, 3, H, W).
+            `list[tuple[list[int], torch.Tensor]]`: For each size, in the order of first appearance, the indices of its
+            images in the list and the batch (B, 3, H, W).
         """
         groups: dict[tuple[int, ...], list[int]] = {}
         for index, image in enumerate(pixel_values):
@@ -457,25 +389,25 @@ class BiRefNetImageProcessor(BaseImageProcessor):
         self, outputs: Any, target_sizes: Any = None, photos: Any = None
     ) -> list[torch.Tensor]:
         """
-        The network's output as mattes at the photos' size.
+        Converts the network's output to mattes of the photos' sizes.
 
-        As in the published usage the sigmoid is taken at the network's size and the matte is resized (bilinear,
-        antialiased where it shrinks), so that edges stay as soft as the network drew them.
+        As in the published usage, the sigmoid is computed at the network's size, and then the matte is resized
+        (bilinear, with antialiasing where it shrinks). So the edges stay as soft as the network predicted them.
 
         Args:
             outputs (`BiRefNetImageSegmentationOutput` or mapping): Has `logits` of shape (B, 1, H, W).
             target_sizes (`list[tuple[int, int]]` or tensor of shape (B, 2), *optional*):
-                (height, width) of each photo; the network's size if not given.
+                (height, width) of each photo. Defaults to the network's size.
             photos (*optional*):
-                The photos, of the kinds that `load_photo` takes, which `do_guided_upsampling` needs. Without them
-                mattes are resized alone.
+                The photos, of any kind that `load_photo` accepts. `do_guided_upsampling` needs them. Without them,
+                mattes are only resized.
 
         Returns:
             `list[torch.Tensor]`: A float32 matte (height, width) in [0, 1] for each image, on the logits' device.
 
         Raises:
-            ValueError: The logits' shape is another, or there is not one pair of positive target sizes, or one photo,
-                per image.
+            ValueError: `logits` has another shape, a target size is not a pair of positive integers, or the number of
+                target sizes or photos differs from the number of images.
         """
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs.logits
         if logits.ndim != 4 or logits.shape[1] != 1:
@@ -485,18 +417,18 @@ class BiRefNetImageProcessor(BaseImageProcessor):
             return list(mattes[:, 0])
         target_sizes = [tuple(int(side) for side in size) for size in target_sizes]
         if len(target_sizes) != len(mattes):
-            raise ValueError(f"got {len(target_sizes)} target sizes for {len(mattes)} images: one is needed for each")
+            raise ValueError(f"got {len(target_sizes)} target sizes for {len(mattes)} images: give one for each")
         if any(len(size) != 2 or min(size) < 1 for size in target_sizes):
             raise ValueError(f"`target_sizes` must be (height, width) in positive pixels, got {target_sizes}")
         if photos is not None and self.do_guided_upsampling:
             photos = _as_list(photos)
             if len(photos) != len(mattes):
-                raise ValueError(f"got {len(photos)} photos for {len(mattes)} images: one is needed for each")
+                raise ValueError(f"got {len(photos)} photos for {len(mattes)} images: give one for each")
             mattes = [self._guided(*pair) for pair in zip(mattes, photos, strict=True)]
         return [_resized_matte(matte, size) for matte, size in zip(mattes, target_sizes, strict=True)]
 
     def _guided(self, matte: torch.Tensor, photo: Any) -> torch.Tensor:
-        """The matte (1, h, w) at the photo's size and with its edges, if the photo is larger than the matte."""
+        """Refines a matte (1, h, w) to the photo's size and edges. Returns it unchanged if the photo is not larger."""
         photo = load_photo(photo)
         height, width = matte.shape[-2:]
         if photo.height * photo.width <= height * width:
@@ -509,7 +441,8 @@ class BiRefNetImageProcessor(BaseImageProcessor):
         self, outputs: Any, target_sizes: Any = None, threshold: float = 0.5
     ) -> list[torch.Tensor]:
         """
-        The network's output as maps of class indices: 1 (foreground) where the matte is above the threshold, else 0.
+        Converts the network's output to maps of class indices: 1 (foreground) where the matte is above the threshold,
+        0 elsewhere.
 
         Args:
             outputs, target_sizes: As for `post_process_alpha_matte`.
@@ -519,11 +452,11 @@ class BiRefNetImageProcessor(BaseImageProcessor):
             `list[torch.Tensor]`: An int64 map (height, width) for each image.
 
         Raises:
-            ValueError: As `post_process_alpha_matte`, or the threshold lies outside [0, 1].
+            ValueError: As for `post_process_alpha_matte`, or the threshold is outside [0, 1].
         """
         if not 0 <= threshold <= 1:
             raise ValueError(f"`threshold` must be between 0 and 1, got {threshold}")
         return [(matte > threshold).long() for matte in self.post_process_alpha_matte(outputs, target_sizes)]
 
 
-__all__ = ["BiRefNetImageProcessor", "load_photo"]
+__all__ = ["BiRefNetImageProcessor", "load_photo", "read_photo"]

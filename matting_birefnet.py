@@ -1,4 +1,4 @@
-"""What is done with a matte: foreground colours, edits of the matte, and compositing, all on plain torch tensors."""
+"""Operations on mattes: foreground colours, refinement by the photo, edits and compositing, on torch tensors."""
 
 import math
 from collections.abc import Iterator
@@ -11,18 +11,23 @@ from torch.nn import functional as F
 
 
 _BOX_SIZES = (90, 6)  # window sides of the published estimator's passes, in pixels
-# Sides of the square tiles worked on at once. On a CPU a tile's sums stay in the processor's cache, and few pixels are
-# worked on in vain where only some are asked for; an accelerator wants work enough for each of its kernels.
-_TILE_SIDE, _TILE_SIDE_OF_ACCELERATORS = 128, 1024
-_PIXELS_PER_BAND = 2**18  # of running sums, likewise
-# Of `sharpened_matte`: a squared distance between both sides that keeps small ones from being raised without end, the
-# distance from which on the colours part them, and the mean weight of a side from which on the window has it.
-_NO_DISTANCE, _DISTANCE_OF_SIDES, _SHARE_OF_A_SIDE = 0.03, 0.1, 0.05
+# Sides of the square tiles in pixels. On a CPU, small tiles keep the sums in the processor's cache and waste little
+# work where only some pixels are needed. An accelerator needs large tiles to be busy.
+_TILE_SIDE, _ACCELERATOR_TILE_SIDE = 128, 1024
+_OPAQUE = 1 - 1e-4  # a matte from here on changes the estimate by less than a twentieth of a gray level
+_PIXELS_PER_BAND = 2**18  # of cumulative sums, for the same reason
+# Constants of `sharpened_matte`: the regularisation of the slopes' factor, the step of the fit from which on the
+# colours separate foreground and background, and the mean weight from which on a window contains one of them.
+_STEP_REGULARISATION, _SEPARATING_STEP, _SUFFICIENT_WEIGHT = 0.03, 0.1, 0.05
 
 
 @dataclass(frozen=True)
 class _Region:
-    """Rows and columns `top..bottom-1`, `left..right-1` of a picture; they may lie outside it, which mirrors it."""
+    """
+    Rows `top..bottom-1` and columns `left..right-1` of a picture.
+
+    A region may extend beyond the picture. The picture is then continued by reflection.
+    """
 
     top: int
     bottom: int
@@ -33,32 +38,39 @@ class _Region:
         return _Region(self.top - before, self.bottom + after, self.left - before, self.right + after)
 
     def of(self, image: torch.Tensor) -> torch.Tensor:
-        """The region of (..., H, W): a view where it lies inside."""
-        return self.mirrored(image, _Region(0, image.shape[-2], 0, image.shape[-1]), image.shape[-2:])
+        """The region of (..., H, W). Returns a view where the region is inside the picture."""
+        return self.reflected(image, _Region(0, image.shape[-2], 0, image.shape[-1]), image.shape[-2:])
 
-    def mirrored(self, pixels: torch.Tensor, held: "_Region", size: tuple[int, int]) -> torch.Tensor:
-        """The region of a picture of (height, width) = `size` of which `pixels` are the part `held`."""
-        pixels = _mirrored(pixels, -2, self.top, self.bottom, held.top, size[0])
-        return _mirrored(pixels, -1, self.left, self.right, held.left, size[1])
+    def reflected(self, pixels: torch.Tensor, available: "_Region", size: tuple[int, int]) -> torch.Tensor:
+        """The region of a picture of (height, width) = `size`. `pixels` holds the picture's part `available`."""
+        pixels = _reflected(pixels, -2, self.top, self.bottom, available.top, size[0])
+        return _reflected(pixels, -1, self.left, self.right, available.left, size[1])
 
 
-def _mirrored(pixels: torch.Tensor, dimension: int, start: int, stop: int, first_held: int, size: int) -> torch.Tensor:
-    """Positions `start..stop-1` of a line of `size` pixels, held from `first_held` on, that mirrors at its end pixels
-    continue in both directions (... 2 1 0 1 2 ... size-1 size-2 ...): defined however far outside they lie."""
+def _reflected(pixels: torch.Tensor, dimension: int, start: int, stop: int, first: int, size: int) -> torch.Tensor:
+    """
+    Positions `start..stop-1` of lines of `size` pixels, continued by reflection without repeating the end pixels.
+
+    `pixels` holds the lines from position `first` on. Positions far outside are reflected several times
+    (... 2 1 0 1 2 ... size-1 size-2 ...).
+    """
     if start >= 0 and stop <= size:
-        return pixels.narrow(dimension, start - first_held, stop - start)
+        return pixels.narrow(dimension, start - first, stop - start)
     period = max(2 * size - 2, 1)
     index = torch.arange(start, stop, device=pixels.device).remainder(period)
-    return pixels.index_select(dimension, torch.minimum(index, period - index) - first_held)
+    return pixels.index_select(dimension, torch.minimum(index, period - index) - first)
 
 
-def _tiles(image: torch.Tensor, reach: int, wanted: torch.Tensor | None = None) -> Iterator[_Region]:
-    """Regions that cover (..., H, W), or those of its pixels that are `wanted` (H, W), of at least `reach` pixels to a
-    side, so that what is read around them is not much more than they are."""
+def _tiles(image: torch.Tensor, window: int, needed: torch.Tensor | None = None) -> Iterator[_Region]:
+    """
+    Tiles that cover (..., H, W), or all of its pixels that are `needed` (boolean, (H, W)).
+
+    A tile is at least as large as the window of the filter, so that its margin does not dominate the work.
+    """
     height, width = image.shape[-2:]
-    side = max(_TILE_SIDE if image.device.type == "cpu" else _TILE_SIDE_OF_ACCELERATORS, reach)
+    side = max(_TILE_SIDE if image.device.type == "cpu" else _ACCELERATOR_TILE_SIDE, window)
     for top in range(0, height, side):
-        columns = None if wanted is None else wanted[top : top + side].view(torch.uint8).amax(0)
+        columns = None if needed is None else needed[top : top + side].view(torch.uint8).amax(0)
         for left in range(0, width, side):
             if columns is None or columns[left : left + side].any():
                 yield _Region(top, min(top + side, height), left, min(left + side, width))
@@ -68,9 +80,9 @@ def _window_sums(image: torch.Tensor, size: int) -> torch.Tensor:
     """
     Sums over all windows of `size` x `size` pixels: (..., h, w) to (..., h - size + 1, w - size + 1).
 
-    Sums of 1, 2, 4, 8 ... neighbours are sums of two of the ones before, and those that the bits of `size` name add up
-    to the window: the work grows with the logarithm of the window only, and nothing is subtracted, so that small sums
-    beside large ones keep all their digits.
+    Each sum of 2, 4, 8 ... neighbours is the sum of two smaller ones, and the binary digits of `size` select the sums
+    that make up the window. The work grows with the logarithm of the window. Nothing is subtracted, so small sums next
+    to large ones keep their precision.
     """
     for dimension in (-2, -1):
         length = image.shape[dimension] - size + 1
@@ -90,19 +102,18 @@ def _window_sums(image: torch.Tensor, size: int) -> torch.Tensor:
 
 def _box_mean(image: torch.Tensor, box_size: int) -> torch.Tensor:
     """
-    Mean over `box_size` x `box_size` windows of a mirrored image: (..., H, W) to (..., H, W).
+    Mean over `box_size` x `box_size` windows of an image continued by reflection: (..., H, W) to (..., H, W).
 
-    By running sums down the columns and then along the rows, a band of them at a time: boxes of thousands of pixels
-    cost no more than small ones. The sums are float64 (float32 where the device has none), so that what is left of
-    large ones is exact.
+    Uses cumulative sums along the columns and then along the rows, one band at a time, so the time does not depend on
+    the box size. The sums are float64 (float32 where the device has no float64), so their differences are exact.
     """
     accumulator = torch.float32 if image.device.type == "mps" else torch.float64
     before = box_size // 2
     for dimension, across in ((-2, -1), (-1, -2)):
         length, bands = image.shape[dimension], []
         for band in image.split(max(_PIXELS_PER_BAND // length, 1), across):
-            mirrored = _mirrored(band, dimension, -before - 1, length + box_size - 1 - before, 0, length)
-            sums = mirrored.cumsum(dimension, dtype=accumulator)
+            padded = _reflected(band, dimension, -before - 1, length + box_size - 1 - before, 0, length)
+            sums = padded.cumsum(dimension, dtype=accumulator)
             windows = sums.narrow(dimension, box_size, length) - sums.narrow(dimension, 0, length)
             bands.append((windows / box_size).to(image.dtype))
         image = torch.cat(bands, across)
@@ -110,7 +121,7 @@ def _box_mean(image: torch.Tensor, box_size: int) -> torch.Tensor:
 
 
 def _check_unit_range(name: str, tensor: torch.Tensor) -> None:
-    """Refuse what is not a floating-point tensor of values in [0, 1] (up to rounding)."""
+    """Refuses anything but a floating-point tensor with values in [0, 1] (up to rounding)."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"`{name}` must be a torch tensor, got {type(tensor).__name__}")
     if not tensor.is_floating_point():
@@ -149,34 +160,41 @@ def _check_photo_and_alpha(photo: torch.Tensor, alpha: torch.Tensor) -> None:
 
 
 def to_planes(picture: Image.Image) -> torch.Tensor:
-    """A PIL image to bytes (channels, H, W)."""
+    """Converts a PIL image to bytes (channels, H, W)."""
     return torch.from_numpy(np.stack([np.asarray(plane) for plane in picture.split()]))
 
 
 def to_bytes(pixels: torch.Tensor) -> torch.Tensor:
-    """Floating point in [0, 1] to bytes."""
+    """Converts floating point in [0, 1] to bytes from 0 to 255."""
     return pixels.mul(255).round_().to(torch.uint8)
 
 
 def _blur_fusion(
     image: torch.Tensor, foreground: torch.Tensor, background: torch.Tensor, alpha: torch.Tensor, box_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One pass of the estimator, from (..., 3, h, w) estimates of foreground and background colours to better ones of
-    the pixels whose windows lie inside: (..., 3, h - box_size + 1, w - box_size + 1)."""
+    """
+    One pass of the estimator: improves the estimates of foreground and background colours.
+
+    (..., 3, h, w) becomes (..., 3, h - box_size + 1, w - box_size + 1), the pixels whose windows are inside.
+    """
     window = box_size**2
     weighted = torch.cat([alpha, foreground * alpha, background * (1 - alpha)], dim=-3)  # (..., 7, h, w)
     alpha_sum, foreground_sum, background_sum = _window_sums(weighted, box_size).split([1, 3, 3], dim=-3)
-    # Quotients of sums are quotients of means; the means' 1e-5 becomes 1e-5 of the window.
+    # The published formula divides means and adds 1e-5. Here sums are divided, so 1e-5 is multiplied by the window.
     foreground_mean = foreground_sum / (alpha_sum + 1e-5 * window)
     background_mean = background_sum / ((1 + 1e-5) * window - alpha_sum)
     image, alpha = _inner(image, box_size), _inner(alpha, box_size)
-    # What the smooth colours do not explain of the photo is the foreground's own detail.
+    # The residual of the smooth colours is the foreground's own detail.
     detail = image - torch.lerp(background_mean, foreground_mean, alpha)
     return torch.addcmul(foreground_mean, alpha, detail).clamp(0, 1), background_mean
 
 
 def _inner(pixels: torch.Tensor, box_size: int) -> torch.Tensor:
-    """The pixels of (..., h, w) whose windows lie inside; a window reaches one further to the top and left if even."""
+    """
+    The pixels of (..., h, w) whose windows are inside.
+
+    A window of even size extends one pixel further to the top and left.
+    """
     before, after = box_size // 2, box_size - 1 - box_size // 2
     return pixels[..., before : pixels.shape[-2] - after, before : pixels.shape[-1] - after]
 
@@ -184,8 +202,11 @@ def _inner(pixels: torch.Tensor, box_size: int) -> torch.Tensor:
 def _foreground_of_tile(
     image: torch.Tensor, alpha: torch.Tensor, tile: _Region, box_sizes: tuple[int, ...]
 ) -> torch.Tensor:
-    """Foreground colours (..., 3, h, w) of a tile of (..., 3, H, W), which is in [0, 1], or in bytes: each pass needs
-    what the one before it makes of the pixels around the tile that its windows reach."""
+    """
+    Foreground colours (..., 3, h, w) of a tile of (..., 3, H, W), which holds bytes or values in [0, 1].
+
+    Each pass needs the previous pass on a margin around the tile, as wide as its windows.
+    """
     regions = [tile]
     for box_size in reversed(box_sizes):
         regions.insert(0, regions[0].grown(box_size // 2, box_size - 1 - box_size // 2))
@@ -195,8 +216,8 @@ def _foreground_of_tile(
     foreground = background = image
     for box_size, region in zip(box_sizes, regions[1:], strict=True):
         estimates = _blur_fusion(image, foreground, background, alpha, box_size)
-        # Beyond the borders it is the estimates that are mirrored: even windows see no mirror image of what is inside.
-        foreground, background = (region.mirrored(estimate, region, size) for estimate in estimates)
+        # Outside the picture the estimates are reflected, not the photo: a window of even size is not symmetric.
+        foreground, background = (region.reflected(estimate, region, size) for estimate in estimates)
         image, alpha = _inner(image, box_size), _inner(alpha, box_size)
     return foreground
 
@@ -205,22 +226,24 @@ def estimate_foreground(
     image: torch.Tensor, alpha: torch.Tensor, box_sizes: tuple[int, ...] = _BOX_SIZES
 ) -> torch.Tensor:
     """
-    Colours of the foreground alone, without what shines through of the old background at soft edges (blur fusion,
-    Forte and Pitié, "Approximate Fast Foreground Colour Estimation", ICIP 2021): the closed form with box means,
-    applied once for each box size. Time is linear in the pixels whatever the box sizes.
+    Estimates the colours of the foreground alone, without the old background that shows through at soft edges.
+
+    Blur fusion (Forte and Pitié, "Approximate Fast Foreground Colour Estimation", ICIP 2021): the closed form with box
+    means, applied once for each box size. The time is linear in the pixels and hardly depends on the box sizes.
 
     Args:
         image (`torch.Tensor` of shape `(..., 3, height, width)`): Photo, floating point in [0, 1].
         alpha (`torch.Tensor` of shape `(..., 1, height, width)`): Matte, floating point in [0, 1].
         box_sizes (`tuple[int, ...]`, *optional*, defaults to `(90, 6)`): Window sides in pixels, one for each pass.
+            A photo smaller than a window is continued by reflection.
 
     Returns:
         `torch.Tensor` of shape `(..., 3, height, width)`: Foreground colours in [0, 1], of the image's dtype and on
-        its device. Photos smaller than a box are mirrored as often as it takes.
+        its device.
 
     Raises:
-        TypeError: Something is not a floating-point tensor.
-        ValueError: Shapes or devices do not match, values lie outside [0, 1], or a box size is no positive integer.
+        TypeError: `image` or `alpha` is not a floating-point tensor.
+        ValueError: Shapes or devices do not match, values are outside [0, 1], or a box size is not a positive integer.
     """
     _check_image_and_alpha(image, alpha)
     if not box_sizes or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in box_sizes):
@@ -234,7 +257,7 @@ def estimate_foreground(
 
 
 def _maximum_along(image: torch.Tensor, reach: int, row_step: int, column_step: int) -> torch.Tensor:
-    """Maximum over the 2 * reach + 1 pixels of a line through each pixel, as log2(2 * reach + 1) maxima of maxima."""
+    """Maximum over the 2 * reach + 1 pixels of a line through each pixel, in log2(2 * reach + 1) steps."""
     window, length = 1, 2 * reach + 1
     image = F.pad(image, [reach * column_step] * 2 + [reach * row_step] * 2, value=-math.inf)
     while window < length:
@@ -249,34 +272,34 @@ def guided_upsampling(
     matte: torch.Tensor, small_photo: torch.Tensor, photo: torch.Tensor, radius: int = 1, epsilon: float = 1e-4
 ) -> torch.Tensor:
     """
-    A matte at the size of the photo, with the photo's own edges: the fast guided filter of He and Sun
-    (https://arxiv.org/abs/1505.00996) with the colour photo as guide.
+    Resizes a matte to the photo's size and follows the photo's edges.
 
-    Where the matte is small it is written, window by window, as a linear function of the three colours (least squares,
-    `epsilon` keeping the slopes small in flat windows). These functions vary slowly, so they are what is resized, and
-    are then applied to the colours of the large photo.
+    The fast guided filter of He and Sun (https://arxiv.org/abs/1505.00996) with the colour photo as guide. At the
+    matte's size, each window fits the matte as a linear function of the three colours (least squares, where `epsilon`
+    regularises the slopes). The coefficients vary slowly. They are resized and then applied to the colours of the
+    large photo.
 
     Args:
         matte (`torch.Tensor` of shape `(h, w)`): Matte in [0, 1], float32.
         small_photo (`torch.Tensor` of shape `(3, h, w)`): The photo at the matte's size, in bytes.
         photo (`torch.Tensor` of shape `(3, height, width)`): The photo itself, in bytes, on the matte's device.
-        radius (`int`, *optional*, defaults to 1): A window has 2 · radius + 1 pixels of the matte to a side.
-        epsilon (`float`, *optional*, defaults to 1e-4): Variance of the colours (of 0 to 1) below which they guide
-            little.
+        radius (`int`, *optional*, defaults to 1): Windows have 2 · radius + 1 pixels of the matte on each side.
+        epsilon (`float`, *optional*, defaults to 1e-4): Regularisation. Where the variance of the colours (from 0 to
+            1) is smaller, the photo has little influence.
 
     Returns:
         `torch.Tensor` of shape `(height, width)`, float32 in [0, 1].
 
     Raises:
-        ValueError: The photo at the matte's size has another size.
+        ValueError: `small_photo` and `matte` differ in size.
     """
     _check_small_photo(matte, small_photo)
-    functions = _functions_of_colour(matte, small_photo / 255, radius, epsilon)  # (4, h, w)
+    coefficients = _smooth_coefficients(matte, small_photo / 255, radius, epsilon)  # (4, h, w)
     height, width = photo.shape[-2:]
     step, large_matte = max(_PIXELS_PER_BAND // width, 1), matte.new_empty(height, width)
     for top in range(0, height, step):
         colours = photo[:, top : top + step] / 255
-        band = _rows_resized(functions, slice(top, top + colours.shape[1]), height)  # (4, rows, w)
+        band = _rows_resized(coefficients, slice(top, top + colours.shape[1]), height)  # (4, rows, w)
         band = F.interpolate(band[None], size=colours.shape[1:], mode="bilinear")[0]
         large_matte[top : top + step] = (band[:3] * colours).sum(0).add_(band[3]).clamp_(0, 1)
     return large_matte
@@ -286,55 +309,61 @@ def sharpened_matte(
     matte: torch.Tensor, small_photo: torch.Tensor, radius: int = 3, epsilon: float = 1e-4
 ) -> torch.Tensor:
     """
-    A matte as sharp as the photo of its size: edges that a network has drawn wider than they are become as narrow as
-    the colours' own transition.
+    Sharpens a matte to the photo of the same size: edges that the network predicted too wide become as narrow as the
+    photo's own edges.
 
-    A blurred matte still tells the colours of both sides. As in `guided_upsampling` it is fitted as a linear function
-    of the colours, window by window; but the blur flattens that function, so that the mean colour of the window's
-    foreground comes out below 1, and that of its background above 0. Here the slopes are raised until the two are a
-    whole step apart, as the matting equation I = αF + (1 − α)B has it. Where windows have one of both alone, or
-    colours that do not part them, the matte stays what it is.
+    As in `guided_upsampling`, each window fits the matte as a linear function of the colours. A blurred matte flattens
+    this function: at the mean foreground colour its value is below 1, and at the mean background colour above 0. Here
+    the slopes are scaled until these two values differ by 1, as the matting equation I = αF + (1 − α)B requires. The
+    matte stays unchanged where a window contains only foreground or only background, or where their colours do not
+    differ.
 
     Args:
         matte (`torch.Tensor` of shape `(h, w)`): Matte in [0, 1], float32.
         small_photo (`torch.Tensor` of shape `(3, h, w)`): The photo at the matte's size, in bytes.
-        radius (`int`, *optional*, defaults to 3): A window has 2 · radius + 1 pixels to a side: as far as the
-            matte's edges are from the photo's.
+        radius (`int`, *optional*, defaults to 3): Windows have 2 · radius + 1 pixels on each side. The radius should
+            be the distance between the matte's edges and the photo's.
         epsilon (`float`, *optional*, defaults to 1e-4): As for `guided_upsampling`.
 
     Returns:
         `torch.Tensor` of shape `(h, w)`, float32 in [0, 1].
 
     Raises:
-        ValueError: The photo has another size than the matte.
+        ValueError: `small_photo` and `matte` differ in size.
     """
     _check_small_photo(matte, small_photo)
     photo = small_photo / 255
     slopes, _, _ = _fit(matte, photo, radius, epsilon)
-    # Weights that prefer the sure pixels of each side: their sums, mean colours and mean mattes.
+    # Weights that prefer confident pixels give the mean colours and mean mattes of foreground and background.
     weights = torch.stack([matte**2, (1 - matte) ** 2])  # (2, h, w)
-    shares = _window_mean(weights, radius)
+    mean_weights = _window_mean(weights, radius)
     colours = _window_mean((weights[:, None] * photo).flatten(0, 1), radius).unflatten(0, (2, 3))
-    foreground, background = colours / (shares[:, None] + 1e-6)  # (3, h, w) each
-    middle = (_window_mean(weights * matte, radius) / (shares + 1e-6)).mean(0)  # between both sides' mean mattes
-    distance = (slopes * (foreground - background)).sum(0)
-    slopes = slopes * (distance / (distance**2 + _NO_DISTANCE)).clamp(min=1)
-    constant = middle - (slopes * (foreground + background) / 2).sum(0)
-    # That the window has two sides, of two colours.
-    trust = (shares.amin(0) / _SHARE_OF_A_SIDE).clamp(max=1) * (distance / _DISTANCE_OF_SIDES).clamp(0, 1)
-    functions = _window_mean(torch.cat([slopes * trust, (constant * trust)[None], trust[None]]), radius)  # (5, h, w)
-    return ((functions[:3] * photo).sum(0) + functions[3] + (1 - functions[4]) * matte).clamp(0, 1)
+    foreground, background = colours / (mean_weights[:, None] + 1e-6)  # (3, h, w) each
+    midpoint = (_window_mean(weights * matte, radius) / (mean_weights + 1e-6)).mean(0)  # of the two mean mattes
+    step = (slopes * (foreground - background)).sum(0)
+    slopes = slopes * (step / (step**2 + _STEP_REGULARISATION)).clamp(min=1)
+    constant = midpoint - (slopes * (foreground + background) / 2).sum(0)
+    # Confidence that the window contains both foreground and background, in different colours.
+    confidence = (mean_weights.amin(0) / _SUFFICIENT_WEIGHT).clamp(max=1) * (step / _SEPARATING_STEP).clamp(0, 1)
+    coefficients = torch.cat([slopes * confidence, (constant * confidence)[None], confidence[None]])
+    coefficients = _window_mean(coefficients, radius)  # (5, h, w)
+    sharpened = (coefficients[:3] * photo).sum(0) + coefficients[3] + (1 - coefficients[4]) * matte
+    return sharpened.clamp(0, 1)
 
 
-def _functions_of_colour(matte: torch.Tensor, photo: torch.Tensor, radius: int, epsilon: float) -> torch.Tensor:
-    """Slopes along red, green and blue, and the constant, of the function of each pixel: (4, h, w)."""
+def _smooth_coefficients(matte: torch.Tensor, photo: torch.Tensor, radius: int, epsilon: float) -> torch.Tensor:
+    """The slopes for red, green and blue and the constant, averaged over the windows of each pixel: (4, h, w)."""
     slopes, photo_mean, matte_mean = _fit(matte, photo, radius, epsilon)
     constant = matte_mean - (slopes * photo_mean).sum(0)
     return _window_mean(torch.cat([slopes, constant[None]]), radius)
 
 
 def _fit(matte: torch.Tensor, photo: torch.Tensor, radius: int, epsilon: float) -> tuple[torch.Tensor, ...]:
-    """Slopes (3, h, w) of the matte by the colours in the window around each pixel; its means of photo and matte."""
+    """
+    Least-squares fit of the matte by the colours in the window around each pixel.
+
+    Returns the slopes (3, h, w) and the window means of the photo (3, h, w) and the matte (h, w).
+    """
     photo_mean, matte_mean = _window_mean(photo, radius), _window_mean(matte[None], radius)[0]
     covariance = _window_mean(photo * matte, radius) - photo_mean * matte_mean  # (3, h, w)
     products = _window_mean((photo[:, None] * photo).flatten(0, 1), radius).unflatten(0, (3, 3))
@@ -345,16 +374,18 @@ def _fit(matte: torch.Tensor, photo: torch.Tensor, radius: int, epsilon: float) 
 
 def _window_mean(maps: torch.Tensor, radius: int) -> torch.Tensor:
     """
-    Mean of (n, h, w) over the part of each pixel's window that lies inside the picture: shifted maps are added, first
-    along the columns, then along the rows, which on a CPU takes a quarter of `avg_pool2d`'s time.
+    Mean of (n, h, w) over the part of each pixel's window that is inside the picture.
+
+    Adds shifted maps along the columns and then along the rows. On a CPU this takes a quarter of the time of
+    `avg_pool2d`.
     """
     for dimension, padding in ((1, (0, 0, radius, radius)), (2, (radius, radius))):
         length = maps.shape[dimension]
-        padded, places = F.pad(maps, padding), torch.arange(length, device=maps.device, dtype=maps.dtype)
+        padded, positions = F.pad(maps, padding), torch.arange(length, device=maps.device, dtype=maps.dtype)
         maps = padded.narrow(dimension, 0, length).clone()
         for shift in range(1, 2 * radius + 1):
             maps += padded.narrow(dimension, shift, length)
-        counts = (places + radius).clamp(max=length - 1) - (places - radius).clamp(min=0) + 1
+        counts = (positions + radius).clamp(max=length - 1) - (positions - radius).clamp(min=0) + 1
         maps /= counts if dimension == 2 else counts[:, None]
     return maps
 
@@ -368,8 +399,10 @@ def _check_small_photo(matte: torch.Tensor, small_photo: torch.Tensor) -> None:
 
 def _solve(matrices: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
     """
-    x of A x = b at each pixel, for symmetric positive definite A (n, n, h, w) and b (n, h, w), by elimination, which
-    keeps its digits without pivots for such A. `torch.linalg.solve` goes matrix by matrix, a hundred times slower.
+    Solves A x = b at each pixel, for symmetric positive definite A (n, n, h, w) and b (n, h, w).
+
+    Gaussian elimination without pivoting, which is stable for such A. `torch.linalg.solve` works matrix by matrix and
+    is a hundred times slower.
     """
     rows = [torch.cat([row, value[None]]) for row, value in zip(matrices, vectors, strict=True)]  # (n + 1, h, w) each
     for i in range(len(rows)):
@@ -379,19 +412,19 @@ def _solve(matrices: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
 
 
 def _rows_resized(maps: torch.Tensor, rows: slice, height: int) -> torch.Tensor:
-    """The given rows of maps (..., h, w) resized bilinearly to `height` rows: (..., number of rows, w)."""
+    """Resizes maps (..., h, w) bilinearly to `height` rows and returns the given rows: (..., number of rows, w)."""
     size = maps.shape[-2]
     centres = torch.arange(rows.start, rows.stop, dtype=maps.dtype, device=maps.device) + 0.5
-    places = (centres * (size / height) - 0.5).clamp(0, size - 1)
-    upper = places.floor().long()
+    positions = (centres * (size / height) - 0.5).clamp(0, size - 1)
+    upper = positions.floor().long()
     lower = (upper + 1).clamp(max=size - 1)
-    share = (places - upper).unsqueeze(-1)
-    return torch.lerp(maps.index_select(-2, upper), maps.index_select(-2, lower), share)
+    weight = (positions - upper).unsqueeze(-1)
+    return torch.lerp(maps.index_select(-2, upper), maps.index_select(-2, lower), weight)
 
 
 def _grow(alpha: torch.Tensor, pixels: int) -> torch.Tensor:
     """Grey dilation by an octagon of the given inner radius: (..., H, W) to (..., H, W)."""
-    # Lines along both axes and both diagonals add up to an octagon, which differs from a disc by at most 8 %.
+    # Dilations by lines along both axes and both diagonals give an octagon. It differs from a disc by at most 8 %.
     diagonal = int(pixels * (1 - math.sqrt(0.5)))
     straight = pixels - 2 * diagonal
     alpha = _maximum_along(_maximum_along(alpha, straight, 0, 1), straight, 1, 0)
@@ -400,9 +433,9 @@ def _grow(alpha: torch.Tensor, pixels: int) -> torch.Tensor:
 
 
 def _feather(alpha: torch.Tensor, standard_deviation: float) -> torch.Tensor:
-    """Three box means in a row, which are close to a Gaussian of the same variance: (..., H, W) to (..., H, W)."""
-    # A box of n pixels has the variance (n^2 - 1) / 12. Blending the two odd boxes around the wanted size meets the
-    # wanted variance exactly, fractions of a pixel included.
+    """Gaussian blur, approximated by three box means: (..., H, W) to (..., H, W)."""
+    # A box of n pixels has the variance (n^2 - 1) / 12. A blend of the two nearest odd sizes has exactly the required
+    # variance, also for fractions of a pixel.
     variance = standard_deviation**2 / 3
     smaller = 2 * int((math.sqrt(12 * variance + 1) - 1) / 2) + 1
     larger = smaller + 2
@@ -421,24 +454,23 @@ def adjust_matte(
     invert: bool = False,
 ) -> torch.Tensor:
     """
-    Edit a matte. The edits are applied in the order of the arguments below, whichever are given.
+    Edits a matte. The edits are applied in the order of the arguments below.
 
     Args:
         alpha (`torch.Tensor` of shape `(..., height, width)`): Matte, floating point in [0, 1].
-        sensitivity (`float`, *optional*): From 0 to 1; the matte is multiplied by `2 - sensitivity` and cut off at 1.
-            1 leaves it as it is, lower values keep more of what the network was unsure about.
-        threshold (`float`, *optional*): From 0 to 1; make the matte hard: 1 where it is above the threshold, else 0.
-        grow (`int`, *optional*, defaults to 0): Pixels by which the matte grows; negative values shrink it.
-        feather (`float`, *optional*, defaults to 0): Softness added to the edges: standard deviation of the blur, in
-            pixels.
-        invert (`bool`, *optional*, defaults to `False`): Keep the background instead.
+        sensitivity (`float`, *optional*): From 0 to 1. The matte is multiplied by `2 - sensitivity` and clamped to 1.
+            1 changes nothing. Lower values keep more of the pixels about which the network is uncertain.
+        threshold (`float`, *optional*): From 0 to 1. Makes the matte binary: 1 above the threshold, 0 elsewhere.
+        grow (`int`, *optional*, defaults to 0): Dilates the matte by this many pixels. Negative values erode it.
+        feather (`float`, *optional*, defaults to 0): Blurs the matte. Standard deviation of the blur in pixels.
+        invert (`bool`, *optional*, defaults to `False`): Whether to keep the background instead of the subject.
 
     Returns:
         `torch.Tensor`: Matte of the same shape, dtype and device, in [0, 1]. The input is not changed.
 
     Raises:
         TypeError: `alpha` is not a floating-point tensor, or `grow` is not an integer.
-        ValueError: A value lies outside its range.
+        ValueError: A value is outside its range.
     """
     _check_unit_range("alpha", alpha)
     if alpha.ndim < 2:
@@ -468,7 +500,7 @@ def adjust_matte(
 
 
 def _cover(background: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Resize (3, h, w), aspect kept, until it covers `height` x `width`, and crop the middle."""
+    """Resizes (3, h, w), with its aspect ratio kept, so that it covers `height` x `width`, and crops the centre."""
     scale = max(height / background.shape[-2], width / background.shape[-1])
     rows = max(round(background.shape[-2] * scale), height)
     columns = max(round(background.shape[-1] * scale), width)
@@ -478,7 +510,7 @@ def _cover(background: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def _background_pixels(background, height: int, width: int, device: torch.device) -> torch.Tensor:
-    """A background as float32 that broadcasts against (3, height, width)."""
+    """Converts a background to float32 that broadcasts to (3, height, width)."""
     if isinstance(background, str):
         try:
             background = ImageColor.getrgb(background)
@@ -508,43 +540,50 @@ def cut_out(
     alpha: torch.Tensor,
     background: str | tuple[int, int, int] | Image.Image | torch.Tensor | None = None,
     refine_foreground: bool = True,
+    own_alpha: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    Put a photo's subject on another background, in bytes.
+    Puts a photo's subject on another background, in bytes.
 
-    Only where the matte is soft are colours computed, and is there anything to blend: elsewhere the result shows the
-    photo itself, or nothing of it.
+    Colours are computed only where the matte is soft. Elsewhere the result shows the photo's own pixels or none of
+    them.
 
     Args:
         photo (`torch.Tensor` of shape `(3, height, width)`): Photo in bytes.
         alpha (`torch.Tensor` of shape `(1, height, width)`): Matte, floating point in [0, 1].
-        background: `None` for transparent; a colour as a CSS name, `#rrggbb` or three values from 0 to 255; or
-            another picture (PIL image, or tensor in [0, 1] of shape `(3, h, w)`), which is resized to cover the
-            photo, its aspect kept, and cropped in the middle.
-        refine_foreground (`bool`, *optional*, defaults to `True`): Take the foreground's own colours, by
-            `estimate_foreground`, which leave no halo of the old background.
+        background: `None` for transparent. A colour as a CSS name, `#rrggbb` or three values from 0 to 255. Or another
+            picture (PIL image, or tensor in [0, 1] of shape `(3, h, w)`), which is resized to cover the photo, with
+            its aspect ratio kept, and cropped at the centre.
+        refine_foreground (`bool`, *optional*, defaults to `True`): Whether to use the foreground's own colours, from
+            `estimate_foreground`. They have no halo of the old background.
+        own_alpha (`torch.Tensor` of shape `(1, height, width)`, *optional*): The photo's own transparency in bytes.
+            The result's alpha is the product of `alpha` and `own_alpha`.
 
     Returns:
         `torch.Tensor` of bytes, on the photo's device: `(4, height, width)` (red, green, blue, alpha, not
         premultiplied) on a transparent background, else `(3, height, width)`.
 
     Raises:
-        TypeError: Something is of the wrong type.
-        ValueError: Shapes or devices do not match, values lie outside [0, 1], or the colour is unknown.
+        TypeError: An argument has the wrong type.
+        ValueError: Shapes or devices do not match, values are outside [0, 1], or the colour is unknown.
     """
     _check_photo_and_alpha(photo, alpha)
-    opacity = to_bytes(alpha)
+    coverage = alpha
+    if own_alpha is not None:
+        _check_shapes("photo", photo, own_alpha)
+        coverage = alpha * (own_alpha / 255)
+    opacity = to_bytes(coverage)
     if background is None:
         colours = photo.clone()
     else:
         background = _background_pixels(background, *photo.shape[-2:], photo.device)
         colours = torch.where(opacity > 127, photo, to_bytes(background))
-    # A matte below 1 by 1e-4 moves the estimate from the photo's own colour by less than a twentieth of a gray level.
-    soft = ((opacity > 0) & (alpha < 1 - 1e-4))[0]
+    soft = ((opacity > 0) & (coverage < _OPAQUE))[0]
     box_sizes = _BOX_SIZES if refine_foreground else ()
-    for tile in _tiles(photo, max(_BOX_SIZES), wanted=soft):
+    for tile in _tiles(photo, max(_BOX_SIZES), needed=soft):
+        # The own alpha does not mix the photo's colours with a background, so the matte alone gives the foreground.
         foreground = _foreground_of_tile(photo, alpha, tile, box_sizes)
         if background is not None:
-            foreground = torch.lerp(tile.of(background.expand(photo.shape)), foreground, tile.of(alpha))
+            foreground = torch.lerp(tile.of(background.expand(photo.shape)), foreground, tile.of(coverage))
         tile.of(colours)[:] = to_bytes(foreground)
     return torch.cat([colours, opacity]) if background is None else colours

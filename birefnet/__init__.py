@@ -1,4 +1,4 @@
-"""Everything around the BiRefNet model: command line, training, evaluation, variants, conversion, publishing."""
+"""Tools around the BiRefNet model: command line, training, evaluation, variants, conversion, publishing."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,5 +8,5 @@ __version__ = "0.1.0"
 
 
 def repository_folder() -> Path:
-    """The folder of the Hub repository: code, configuration and embedded weights, as `from_pretrained` takes it."""
+    """Returns the folder of the Hub repository (code, configuration, embedded weights), for `from_pretrained`."""
     return Path(find_spec("birefnet.repository").origin).parent

@@ -1,4 +1,4 @@
-"""`python -m birefnet` is the console command `birefnet`; also what `accelerate launch -m birefnet train` starts."""
+"""`python -m birefnet` runs the console command `birefnet`. `accelerate launch -m birefnet train` uses it as well."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Threads that work ahead of whoever takes their results."""
+"""Work in threads or processes with a limited number of results in memory."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -7,8 +7,16 @@ from concurrent.futures import Executor
 
 def bounded_map(executor: Executor, function: Callable, items: Iterable, ahead: int) -> Iterator:
     """
-    `map(function, items)` in an executor's threads, in order. At most `ahead` results are in work or waiting at any
-    time, unlike with `executor.map`, which takes all the items at once.
+    Computes `map(function, items)` in an executor, in order.
+
+    `executor.map` submits all items at once. This function keeps at most `ahead` items submitted, so that memory does
+    not grow with the number of items.
+
+    Args:
+        executor: Runs the calls.
+        function: Called with each item.
+        items: The items.
+        ahead: Largest number of items that are being computed or wait to be taken.
     """
     pending = deque()
     for item in items:

@@ -1,4 +1,4 @@
-"""`make demo`: cuts the subjects out of photos that scikit-image ships and sets the steps side by side."""
+"""`make demo`: cuts the subjects out of photos that scikit-image ships and puts photos and cut-outs in one picture."""
 
 import sys
 from pathlib import Path
@@ -7,12 +7,12 @@ from PIL import Image
 
 
 PHOTOS = ("astronaut", "chelsea", "coffee")  # public domain or CC0, in every installed scikit-image
-HEIGHT = 320  # of a row of the picture, in pixels
+HEIGHT = 240  # of each photo in the overview, in pixels
 MARGIN = 8
 
 
 def checkerboard(size: tuple[int, int], square: int = 10) -> Image.Image:
-    """What stands behind a cut-out so that its transparency can be seen."""
+    """Returns a picture to put behind a cut-out, so that its transparency is visible."""
     tile = Image.new("RGB", (2 * square, 2 * square), (255, 255, 255))
     for left, top in ((square, 0), (0, square)):
         tile.paste((204, 204, 204), (left, top, left + square, top + square))
@@ -23,26 +23,26 @@ def checkerboard(size: tuple[int, int], square: int = 10) -> Image.Image:
     return board
 
 
-def side_by_side(rows: list[tuple[Image.Image, Image.Image, Image.Image]]) -> Image.Image:
-    """One picture of rows of photo, matte (L) and cut-out (RGBA)."""
-    strips = []
-    for photo, matte, cutout in rows:
-        shown = checkerboard(cutout.size)
-        shown.paste(cutout, mask=cutout.getchannel("A"))
-        width = round(photo.width * HEIGHT / photo.height)
-        strips.append([picture.convert("RGB").resize((width, HEIGHT)) for picture in (photo, matte, shown)])
-    width = max(sum(picture.width + MARGIN for picture in strip) for strip in strips) + MARGIN
-    sheet = Image.new("RGB", (width, MARGIN + len(strips) * (HEIGHT + MARGIN)), (255, 255, 255))
-    for row, strip in enumerate(strips):
-        left = MARGIN
-        for picture in strip:
-            sheet.paste(picture, (left, MARGIN + row * (HEIGHT + MARGIN)))
-            left += picture.width + MARGIN
+def overview(pairs: list[tuple[Image.Image, Image.Image]]) -> Image.Image:
+    """Returns one picture with the photos in a row and the cut-outs (RGBA) below them."""
+    columns = []
+    for photo, cutout in pairs:
+        size = (round(photo.width * HEIGHT / photo.height), HEIGHT)
+        small_cutout, background = cutout.resize(size), checkerboard(size)
+        background.paste(small_cutout, mask=small_cutout.getchannel("A"))
+        columns.append((photo.convert("RGB").resize(size), background))
+    width = MARGIN + sum(photo.width + MARGIN for photo, _ in columns)
+    sheet = Image.new("RGB", (width, MARGIN + 2 * (HEIGHT + MARGIN)), (255, 255, 255))
+    left = MARGIN
+    for photo, cutout in columns:
+        sheet.paste(photo, (left, MARGIN))
+        sheet.paste(cutout, (left, 2 * MARGIN + HEIGHT))
+        left += photo.width + MARGIN
     return sheet
 
 
 def main(folder: str):
-    """Writes `PHOTO.png` (the cut-out) and `PHOTO-matte.png` of every photo and `side_by_side.png` into `folder`."""
+    """Writes `PHOTO.png` (the cut-out) and `PHOTO-matte.png` of every photo and `overview.png` into `folder`."""
     from skimage import data
     from transformers import pipeline
 
@@ -51,17 +51,16 @@ def main(folder: str):
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
     remove_background = pipeline(model=str(repository_folder()), trust_remote_code=True)
-    rows = []
+    pairs = []
     for name in PHOTOS:
         photo = Image.fromarray(getattr(data, name)())
-        matte = remove_background(photo, return_mask=True)
         cutout = remove_background(photo)
-        matte.save(out / f"{name}-matte.png")
         cutout.save(out / f"{name}.png")
-        rows.append((photo, matte, cutout))
+        cutout.getchannel("A").save(out / f"{name}-matte.png")
+        pairs.append((photo, cutout))
         print(f"{name}: {out / name}.png")
-    side_by_side(rows).save(out / "side_by_side.png")
-    print(f"photo, matte and cut-out side by side: {out / 'side_by_side.png'}")
+    overview(pairs).save(out / "overview.png", optimize=True)
+    print(f"photos and cut-outs in one picture: {out / 'overview.png'}")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,12 @@
 
 
 class CommandError(Exception):
-    """The command cannot go on. The message is all that the user sees; the exit code is 1."""
+    """The command cannot continue. The user sees the message only. The exit code is 1."""
 
     exit_code = 1
 
 
 class UsageError(CommandError):
-    """The arguments contradict each other or name something that does not exist. The exit code is 2, as argparse's."""
+    """The arguments contradict each other or name something that does not exist. The exit code is 2."""
 
     exit_code = 2

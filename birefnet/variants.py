@@ -1,4 +1,4 @@
-"""The import path of `load_variant` up to version 0.1; the code is in `birefnet.hub`."""
+"""Keeps the import path of version 0.1. The code is in `birefnet.hub`."""
 
 from birefnet.hub.load import load_variant
 from birefnet.hub.variants import VARIANTS, Variant, choose_variant, get_variant

@@ -1,10 +1,10 @@
-"""What several test modules share: a complete model folder that is small enough for tests."""
+"""Fixtures of several test modules, such as a complete but tiny model folder."""
 
 import pytest
 
 
 TINY_CONFIG = {
-    "backbone": "test_resnet",  # one of timm's backbones made for tests
+    "backbone": "test_resnet",  # a timm backbone made for tests
     "multi_scale_input": None,
     "context_levels": 0,
     "squeeze_block": None,
@@ -17,7 +17,7 @@ TINY_CONFIG = {
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """Small networks train faster without the others, and sums in another order differ in the last bits."""
+    """Uses one thread: faster for small networks, and sums have a fixed order."""
     import torch
 
     threads = torch.get_num_threads()
@@ -28,7 +28,7 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory):
-    """A folder as users have it (code, configuration, weights, processor): half a million random weights, 64 x 64."""
+    """A complete model folder (code, configuration, weights, processor): half a million random weights, 64 x 64."""
     import torch
 
     pytest.importorskip("timm")
@@ -41,7 +41,7 @@ def tiny_model_folder(tmp_path_factory):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = BiRefNetForImageSegmentation(BiRefNetConfig(**TINY_CONFIG)).eval()
-    with torch.no_grad():  # so that the random network's mattes reach from 0 to 1
+    with torch.no_grad():  # scales the random network's mattes to the range 0 to 1
         logits = model(torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))).logits
         head = model.decoder.conv_out1[0]
         head.weight *= 4 / logits.std()

@@ -1,4 +1,4 @@
-"""Photos and masks that the tests of training draw for themselves."""
+"""Drawn photos and masks for the tests of training."""
 
 import numpy as np
 from PIL import Image
@@ -17,7 +17,7 @@ def draw_pair(seed=0, size=(48, 32)):
 
 
 def write_folder(folder, names, size=(48, 32)):
-    """Writes a drawn pair for each name to `folder/im` and `folder/gt`; returns the folder."""
+    """Writes a drawn pair for each name to `folder/im` and `folder/gt`. Returns the folder."""
     for place in ("im", "gt"):
         (folder / place).mkdir(parents=True, exist_ok=True)
     for seed, name in enumerate(names):

@@ -1,7 +1,7 @@
-"""A Hugging Face Hub on the loopback: the part of its HTTP protocol that `huggingface_hub` uses, for the tests.
+"""A local Hugging Face Hub for tests: the part of the Hub's HTTP protocol that `huggingface_hub` uses.
 
-It is a real server in a thread, so that a client in another process meets sockets, redirects, ranges, broken
-connections and status codes as it would on the Internet. Large files are kept on disk, as the Hub's LFS storage does.
+It is a real server in a thread. A client in another process sees sockets, redirects, ranges, broken connections and
+status codes as on the Internet. Large files are on disk, as in the Hub's LFS storage.
 
 ```python
 with LoopbackHub(folder) as hub:
@@ -66,19 +66,19 @@ class Repository:
 
 @dataclasses.dataclass
 class Fault:
-    """What goes wrong with the next `times` requests whose "METHOD /path" matches `pattern`."""
+    """A fault of the next `times` requests whose "METHOD /path" matches `pattern`."""
 
     pattern: str
     status: int | None = None  # answer with this status
     code: str | None = None  # and this X-Error-Code
     cut_after: int | None = None  # send this many bytes of the body, then close the connection
-    cut_before_answer: bool = False  # do what is asked, then close the connection without an answer
-    corrupt: bool = False  # send other bytes than those of the file, as many as announced
+    cut_before_answer: bool = False  # handle the request, then close the connection without an answer
+    corrupt: bool = False  # send wrong bytes, as many as announced
     times: int = 1
 
 
 class LoopbackHub:
-    """The server. `requests` lists what was asked as "METHOD /path", `faults` what shall go wrong next."""
+    """The server. `requests` lists the requests as "METHOD /path". `faults` lists the faults of the next requests."""
 
     def __init__(self, folder, token="hf_loopback"):
         self.folder = Path(folder)
@@ -103,13 +103,13 @@ class LoopbackHub:
         self.server.server_close()
 
     def environment(self, home, token=True):
-        """The variables that lead a client process here, with its cache under `home`."""
+        """Environment variables that make a client process use this server, with its cache under `home`."""
         variables = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"}
         variables |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         return variables | ({"HF_TOKEN": self.token} if token else {})
 
     def store(self, source, large):
-        """Keeps bytes, or links a file, and returns its `Blob`."""
+        """Stores bytes or links a file. Returns its `Blob`."""
         data = source if isinstance(source, bytes) else None
         if data is not None and not large:
             oid = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
@@ -129,14 +129,14 @@ class LoopbackHub:
         return Blob(path, path.stat().st_size, oid, large)
 
     def add_repository(self, name, files, revision=None, private=False, gated=False):
-        """Adds a repository of one commit; files are bytes, or paths of files that stay where they are."""
+        """Adds a repository with one commit. Files are bytes, or paths of files, which are not copied."""
         blobs = {path: self.store(source, path.endswith(LFS_SUFFIXES)) for path, source in files.items()}
         oid = revision or hashlib.sha1(name.encode()).hexdigest()
         self.repositories[name] = Repository([Commit(oid, "first", blobs)], private=private, gated=gated)
         return oid
 
     def forget_large_files(self):
-        """Makes clients upload large files anew."""
+        """Deletes all large files, so that clients upload them again."""
         for path in self.folder.iterdir():
             if len(path.name) == 64:
                 path.unlink()
@@ -156,7 +156,7 @@ class LoopbackHub:
 
 
 class _Refusal(Exception):
-    """An answer other than success; `code` is what the Hub's `X-Error-Code` says."""
+    """An error answer. `code` is the value of the Hub's `X-Error-Code`."""
 
     def __init__(self, status, code=None, message=""):
         self.status, self.code, self.message = status, code, message
@@ -170,15 +170,15 @@ class _Handler(BaseHTTPRequestHandler):
         ("POST", r"/api/repos/create", "create"),
         ("POST", r"/api/validate-yaml", "validate_yaml"),
         ("GET", r"/api/whoami-v2", "whoami"),
-        ("POST", r"/api/models/([^/]+/[^/]+)/preupload/([^/]+)", "preupload"),
-        ("POST", r"/api/models/([^/]+/[^/]+)/commit/([^/]+)", "commit"),
-        ("POST", r"/api/models/([^/]+/[^/]+)/tag/([^/]+)", "tag"),
-        ("GET", r"/api/models/([^/]+/[^/]+)/refs", "refs"),
-        ("GET", r"/api/models/([^/]+/[^/]+)/commits/([^/]+)", "list_commits"),
-        ("GET", r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", "tree"),
-        ("GET", r"/api/models/([^/]+/[^/]+)/revision/([^/]+)", "info"),
-        ("GET", r"/api/models/([^/]+/[^/]+)", "info"),
-        ("POST", r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch"),
+        ("POST", r"/api/(?:models|spaces)/([^/]+/[^/]+)/preupload/([^/]+)", "preupload"),
+        ("POST", r"/api/(?:models|spaces)/([^/]+/[^/]+)/commit/([^/]+)", "commit"),
+        ("POST", r"/api/(?:models|spaces)/([^/]+/[^/]+)/tag/([^/]+)", "tag"),
+        ("GET", r"/api/(?:models|spaces)/([^/]+/[^/]+)/refs", "refs"),
+        ("GET", r"/api/(?:models|spaces)/([^/]+/[^/]+)/commits/([^/]+)", "list_commits"),
+        ("GET", r"/api/(?:models|spaces)/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", "tree"),
+        ("GET", r"/api/(?:models|spaces)/([^/]+/[^/]+)/revision/([^/]+)", "info"),
+        ("GET", r"/api/(?:models|spaces)/([^/]+/[^/]+)", "info"),
+        ("POST", r"/(?:spaces/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch"),
         ("PUT", r"/lfs-upload/([0-9a-f]{64})", "lfs_upload"),
         ("POST", r"/lfs-verify", "lfs_verify"),
         ("HEAD|GET", r"/lfs-files/([0-9a-f]{64})", "lfs_download"),
@@ -251,7 +251,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers |= {"X-Error-Code": refusal.code} if refusal.code else {}
         self.send(refusal.status, headers, json.dumps({"error": refusal.message}).encode())
 
-    # Who may do what
+    # Permissions
 
     def has_token(self):
         sent = self.headers.get("Authorization")
@@ -323,7 +323,7 @@ class _Handler(BaseHTTPRequestHandler):
         blob = commit.files[path]
         if blob.large:
             headers |= {"X-Linked-Etag": f'"{blob.oid}"', "X-Linked-Size": blob.size}
-            # Another name of this machine: to the client it is another host, as the Hub's storage is.
+            # Another name of this machine, so that storage is another host for the client, as on the Hub.
             self.send(302, {**headers, "Location": f"{self.hub.storage_url}/lfs-files/{blob.oid}"})
         else:
             self.send_file(blob, headers)
@@ -469,8 +469,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 class HubClient:
     """
-    A Python process whose Hub is the loopback one: `huggingface_hub` reads its endpoint when it is imported, so the
-    tests' own process cannot turn to another.
+    A Python process that uses the local Hub. `huggingface_hub` reads its endpoint on import, so the tests' own process
+    cannot change it.
     """
 
     PROGRAM = """
@@ -499,19 +499,19 @@ for line in sys.stdin:
         )
 
     def answer(self, program):
-        """Runs Python statements there; returns {"result": what they assigned to `result`}, or error and message."""
+        """Runs Python statements in the client. Returns {"result": the value of `result`}, or error and message."""
         self.process.stdin.write(json.dumps(program) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
     def run(self, program):
-        """As `answer`, for programs that succeed: returns the result."""
+        """As `answer` for programs that succeed. Returns the result."""
         answer = self.answer(program)
         assert "error" not in answer, answer
         return answer["result"]
 
     def fail(self, program):
-        """As `answer`, for programs that fail: returns "Error: message"."""
+        """As `answer` for programs that fail. Returns "Error: message"."""
         answer = self.answer(program)
         assert "error" in answer, answer
         return f"{answer['error']}: {answer['message']}"

@@ -1,4 +1,4 @@
-"""birefnet.command_line: sub-commands, exit codes, and how soon help answers."""
+"""birefnet.command_line: sub-commands, exit codes, and fast help."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from birefnet.errors import CommandError, UsageError
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """A function that sets what the sub-command "cutout" does."""
+    """A function that replaces the sub-command "cutout"."""
 
     def set_run(run):
         module = SimpleNamespace(add_arguments=lambda parser: parser.add_argument("--number", type=int), run=run)

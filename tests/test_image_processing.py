@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 import birefnet
-from birefnet.repository.image_processing_birefnet import BiRefNetImageProcessor, load_photo
+from birefnet.repository.image_processing_birefnet import BiRefNetImageProcessor, load_photo, read_photo
 from birefnet.repository.matting_birefnet import guided_upsampling, sharpened_matte
 
 
@@ -66,7 +66,7 @@ def values_of(processor, image, **settings):
 @pytest.mark.parametrize("size", [{"height": 32, "width": 64}, {"height": 160, "width": 96}])
 def test_photos_equal_pil(mode, size):
     photo = draw_photo()
-    photo.putalpha(Image.linear_gradient("L").resize(photo.size))
+    photo.putalpha(Image.linear_gradient("L").resize(photo.size).point(lambda value: max(value, 1)))
     photo = photo.convert(mode) if mode != "CMYK" else photo.convert("RGB").convert(mode)
     values = values_of(BiRefNetImageProcessor(size=size), photo)
     torch.testing.assert_close(values, expected_values(photo, size), atol=1e-6, rtol=1e-6)
@@ -76,15 +76,31 @@ def test_photos_equal_pil(mode, size):
 def test_palette_with_transparency_keeps_its_colours_without_a_warning():
     photo = draw_photo().quantize(16)
     opaque = photo.convert("RGB")
-    photo = Image.open(io.BytesIO(encode(photo, transparency=bytes(range(0, 256, 16)))))
+    photo = Image.open(io.BytesIO(encode(photo, transparency=bytes(range(1, 256, 16)))))
     assert isinstance(photo.info["transparency"], bytes)
     assert np.array_equal(load_photo(photo), opaque)
 
 
-def test_transparency_is_dropped_and_the_colours_below_it_are_kept():
-    photo = draw_photo()
-    photo.putalpha(0)
-    assert np.array_equal(load_photo(photo), draw_photo())
+@pytest.mark.parametrize("kind", ["picture", "array", "float array", "tensor", "float tensor"])
+def test_hidden_colours_become_white_and_visible_ones_stay(kind, processor):
+    pixels = np.dstack([np.array(draw_photo()), np.full((70, 90), 255, np.uint8)])
+    pixels[:, :30, 3], pixels[:, 30:60, 3] = 0, 1
+    expected = np.where(pixels[..., 3:] > 0, pixels[..., :3], 255)
+    image = Image.fromarray(pixels) if kind == "picture" else pixels / 255 if "float" in kind else pixels
+    if "tensor" in kind:
+        image = torch.from_numpy(image).permute(2, 0, 1)
+    colours, alpha = read_photo(image)
+    assert np.array_equal(colours, expected) and np.array_equal(alpha, pixels[..., 3])
+    assert np.array_equal(load_photo(image), expected)
+    values = values_of(processor, image, do_resize=False)
+    torch.testing.assert_close(
+        values, values_of(processor, Image.fromarray(expected.astype(np.uint8)), do_resize=False)
+    )
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
+def test_opaque_photos_have_no_alpha(mode):
+    assert read_photo(draw_photo().convert(mode))[1] is None
 
 
 @pytest.mark.parametrize("kind", ["I;16", "I;16B", "I", "uint16", "png", "tiff"])
@@ -144,7 +160,7 @@ def test_the_photo_itself_is_not_changed(processor):
         pytest.param(lambda a: a / 255, id="float64"),
         pytest.param(lambda a: (a / 255).astype(">f8").transpose(2, 0, 1), id="big-endian"),
         pytest.param(lambda a: a.astype(np.uint16) * 257, id="uint16"),
-        pytest.param(lambda a: np.dstack([a, a[..., :1]]), id="with alpha"),
+        pytest.param(lambda a: np.dstack([a, a[..., :1] | 1]), id="with alpha"),
         pytest.param(lambda a: a[:, ::-1][:, ::-1], id="not contiguous"),
     ],
 )
@@ -158,7 +174,7 @@ def test_arrays_equal_pil(convert, processor):
 @pytest.mark.parametrize("kind", [np.array, torch.tensor])
 def test_gray_arrays_and_tensors(shape, kind, processor):
     gray = np.array(draw_photo().convert("L"))
-    pixels = np.stack([gray, gray * 0], axis=-1) if shape[-1] == 2 else gray.reshape(shape)
+    pixels = np.stack([gray, gray | 1], axis=-1) if shape[-1] == 2 else gray.reshape(shape)
     values = values_of(processor, kind(pixels))
     assert (values - expected_values(draw_photo().convert("L"))).mul(STD).abs().max() < 2 / 255
 
@@ -170,7 +186,7 @@ def test_boolean_arrays_and_tensors_are_black_and_white(kind, processor):
     assert (values - expected_values(Image.fromarray(mask))).mul(STD).abs().max() < 2 / 255
 
 
-def test_which_axis_holds_the_channels_can_be_told(processor):
+def test_the_channel_axis_can_be_given(processor):
     array = np.random.default_rng(0).integers(0, 256, (3, 40, 3), dtype=np.uint8)
     assert torch.equal(values_of(processor, array), values_of(processor, Image.fromarray(array)))
     first = values_of(processor, array, input_data_format="channels_first")
@@ -256,10 +272,12 @@ def png_that_claims(width, height):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        pytest.param(b"", "is no image", id="empty"),
-        pytest.param(b"Dear diary, ...", "is no image", id="text"),
+        pytest.param(b"", "it is not a picture", id="empty"),
+        pytest.param(b"Dear diary, ...", "it is not a picture", id="text"),
         pytest.param(encode(draw_photo(), "JPEG")[:-900], "truncated", id="cut off"),
-        pytest.param(png_that_claims(100_000, 100_000), "too many pixels.*10000000000", id="bomb"),
+        pytest.param(
+            png_that_claims(100_000, 100_000), "it has 10,000 megapixels, and at most 179 are read", id="bomb"
+        ),
         pytest.param(png_that_claims(1000, 1000), "truncated", id="pixels missing"),
     ],
 )
@@ -409,12 +427,12 @@ def test_unknown_settings_are_refused(processor):
         (Image.fromarray(np.full((8, 8), 2.0, np.float32)), ValueError, r"\[0, 1\].*2"),
     ],
 )
-def test_what_is_no_image_is_refused(images, error, message, processor):
+def test_impossible_images_are_refused(images, error, message, processor):
     with pytest.raises(error, match=message):
         processor(images)
 
 
-def test_filters_that_torch_lacks_are_refused_for_tensors():
+def test_unsupported_filters_are_refused_for_tensors():
     processor = BiRefNetImageProcessor(size=SIZE, resample=Image.Resampling.LANCZOS)
     assert values_of(processor, draw_photo()).shape == (3, 32, 64)
     with pytest.raises(ValueError, match=r"bilinear.*lanczos"):
@@ -509,7 +527,7 @@ def test_mattes_are_the_sigmoid_resized_as_pil_does(processor, size):
     assert np.abs(processor.post_process_alpha_matte(outputs, [size])[0].numpy() - expected).max() < 1e-5
 
 
-def test_mattes_follow_larger_photos_where_the_processor_is_told_to(processor):
+def test_guided_mattes_follow_larger_photos(processor):
     outputs, sizes = outputs_of(3, 1, 32, 64), [(70, 90), (20, 30), (70, 90)]
     noise = np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)
     photos = [Image.fromarray(noise), Image.fromarray(noise[:20, :30]), noise]
@@ -532,7 +550,7 @@ def test_mattes_follow_larger_photos_where_the_processor_is_told_to(processor):
 
 
 @pytest.mark.parametrize("side", [20, 700], ids=["smaller than the matte", "larger, of several bands"])
-def test_mattes_also_come_of_logits_with_gradients(processor, side):
+def test_mattes_are_differentiable(processor, side):
     guided = BiRefNetImageProcessor(**{**processor.to_dict(), "do_guided_upsampling": True})
     outputs, photo = outputs_of(1, 1, 32, 64), Image.new("RGB", (side, side), "red")
     outputs.logits.requires_grad_()

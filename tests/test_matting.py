@@ -97,9 +97,9 @@ def test_foreground_takes_hardly_longer_for_larger_boxes():
     assert min(seconds(160) for _ in range(5)) < 8 * min(seconds(4) for _ in range(5))  # window by window: 1600 times
 
 
-def test_foreground_is_exact_where_the_matte_is_almost_empty():
+def test_foreground_is_exact_where_the_matte_is_almost_zero():
     image, alpha = random_photo(3, 30, 40), 1e-5 * random_photo(1, 30, 40, seed=1)
-    alpha[:, :8, :8] = 1  # large sums ahead of the small ones: float32 running sums would lose them
+    alpha[:, :8, :8] = 1  # small sums after large ones: float32 cumulative sums would lose them
     torch.testing.assert_close(estimate_foreground(image, alpha), slow_foreground(image, alpha), atol=1e-4, rtol=0)
 
 
@@ -173,7 +173,7 @@ def slow_guided_upsampling(matte, small_photo, photo, radius, epsilon):
 def test_guided_upsampling_equals_a_fit_in_every_window(radius, epsilon, monkeypatch):
     monkeypatch.setattr(
         "birefnet.repository.matting_birefnet._PIXELS_PER_BAND", 200
-    )  # several bands, the last shorter
+    )  # several bands; the last one is shorter
     photo = draw_photo(47, 61)
     small = torch.from_numpy(
         np.array(Image.fromarray(photo.permute(1, 2, 0).numpy()).resize((20, 16), Image.Resampling.BILINEAR))
@@ -187,8 +187,8 @@ def test_guided_upsampling_equals_a_fit_in_every_window(radius, epsilon, monkeyp
     assert np.abs(guided.numpy() - expected).max() < 1e-4
 
 
-def test_guided_upsampling_draws_the_photos_edge():
-    """A dark disc before a bright wall, its matte eight times smaller: nearly the disc itself comes back."""
+def test_guided_upsampling_follows_the_photos_edge():
+    """A dark disc on a bright background. Its matte, eight times smaller, is restored almost exactly."""
     inside = draw_disc(256, 256, softness=1) > 0.5
     photo = torch.where(inside, torch.tensor([40, 60, 30]).view(3, 1, 1), 220).byte()
     small = torch.nn.functional.interpolate(photo[None].float(), size=(32, 32), mode="bilinear", antialias=True)[0]
@@ -213,8 +213,8 @@ def test_guided_upsampling_refuses_a_photo_of_another_size():
 
 
 def slow_sharpened_matte(matte, photo, radius, epsilon):
-    """Window by window in float64: the least-squares line, raised until foreground and background are a step apart."""
-    functions, trusts = np.empty((4, *matte.shape)), np.empty(matte.shape)
+    """Window by window in float64: a least-squares fit, scaled until foreground and background differ by 1."""
+    functions, confidences = np.empty((4, *matte.shape)), np.empty(matte.shape)
     windows = {
         (y, x): (slice(max(y - radius, 0), y + radius + 1), slice(max(x - radius, 0), x + radius + 1))
         for y, x in np.ndindex(matte.shape)
@@ -229,16 +229,18 @@ def slow_sharpened_matte(matte, photo, radius, epsilon):
         distance = slopes @ (foreground - background)
         slopes = slopes * max(distance / (distance**2 + 0.03), 1)
         functions[(slice(None), *place)] = [*slopes, middle - slopes @ (foreground + background) / 2]
-        trusts[place] = min(front.mean() / 0.05, back.mean() / 0.05, 1) * np.clip(distance / 0.1, 0, 1)
+        confidences[place] = min(front.mean() / 0.05, back.mean() / 0.05, 1) * np.clip(distance / 0.1, 0, 1)
     result = np.empty(matte.shape)
-    for place, window in windows.items():  # each window's function says what this pixel is, as far as it is trusted
-        *slopes, constant = (functions[(slice(None), *window)] * trusts[window]).mean((1, 2))
-        result[place] = slopes @ photo[(slice(None), *place)] + constant + (1 - trusts[window].mean()) * matte[place]
+    for place, window in windows.items():  # each window's fit, weighted by its confidence
+        *slopes, constant = (functions[(slice(None), *window)] * confidences[window]).mean((1, 2))
+        result[place] = (
+            slopes @ photo[(slice(None), *place)] + constant + (1 - confidences[window].mean()) * matte[place]
+        )
     return result.clip(0, 1)
 
 
 @pytest.mark.parametrize(("radius", "epsilon"), [(3, 1e-4), (1, 1e-2)])
-def test_sharpened_matte_equals_a_raised_fit_in_every_window(radius, epsilon):
+def test_sharpened_matte_equals_a_scaled_fit_in_every_window(radius, epsilon):
     disc = draw_disc(24, 31, 9)
     photo = (0.7 * disc * 255 + 0.3 * draw_photo(24, 31)).byte()
     expected = slow_sharpened_matte(disc[0].double().numpy(), photo.numpy() / 255, radius, epsilon)
@@ -246,8 +248,8 @@ def test_sharpened_matte_equals_a_raised_fit_in_every_window(radius, epsilon):
 
 
 @pytest.mark.parametrize("softness", [1, 3])
-def test_an_edge_drawn_wider_than_the_photos_becomes_as_wide_as_that(softness):
-    """Also a photo's own soft edge is kept, not cut."""
+def test_a_wide_edge_becomes_as_narrow_as_the_photos(softness):
+    """A soft edge of the photo stays soft."""
     alpha = draw_disc(96, 96, softness)
     colours = torch.tensor([[200, 120, 40], [60, 90, 160]]).view(2, 3, 1, 1)
     photo = (alpha * colours[0] + (1 - alpha) * colours[1]).round().byte()
@@ -257,7 +259,7 @@ def test_an_edge_drawn_wider_than_the_photos_becomes_as_wide_as_that(softness):
 
 
 @pytest.mark.parametrize("value", [0.0, 0.4, 1.0])
-def test_sharpened_matte_keeps_what_the_photo_says_nothing_about(value):
+def test_sharpened_matte_is_unchanged_without_edges_in_the_photo(value):
     assert (sharpened_matte(torch.full((40, 50), value), draw_photo(40, 50)) - value).abs().max() < 1e-4
     wide, gray = draw_disc(40, 50, 10)[0], torch.full((3, 40, 50), 77, dtype=torch.uint8)
     assert (sharpened_matte(wide, gray) - wide).abs().max() < 1e-4
@@ -282,7 +284,7 @@ def test_sensitivity_and_threshold_and_invert():
 
 
 @pytest.mark.parametrize("pixels", [1, 2, 3, 4, 7, 20])
-def test_grow_reaches_as_far_as_it_says(pixels):
+def test_grow_extends_by_the_given_pixels(pixels):
     alpha = torch.zeros(1, 61, 71)
     alpha[0, 30, 35] = 1
     grown = adjust_matte(alpha, grow=pixels)[0]
@@ -357,7 +359,7 @@ def test_adjust_matte_refuses_bytes_and_lines():
 
 @pytest.mark.parametrize("softness", [1, 12])
 @pytest.mark.parametrize("tile_side", [16, 128])
-def test_cut_out_has_the_estimated_colours_wherever_something_shows(softness, tile_side, monkeypatch):
+def test_cut_out_has_the_estimated_colours_where_visible(softness, tile_side, monkeypatch):
     monkeypatch.setitem(cut_out.__globals__, "_TILE_SIDE", tile_side)
     photo, alpha = draw_photo(330, 410), draw_disc(330, 410, softness)
     result = cut_out(photo, alpha)

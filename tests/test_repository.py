@@ -1,4 +1,4 @@
-"""The root folder as a Hub repository, as a package and as a wheel, each in a fresh process."""
+"""The root folder as a Hub repository, as a package and as a wheel. Each test uses a fresh process."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def run(*command, folder, **environment):
 
 @pytest.fixture
 def photo(tmp_path):
-    """A bright disc on a dark ground."""
+    """A bright disc on a dark background."""
     rows, columns = np.mgrid[:90, :120]
     disc = ((rows - 45) ** 2 + (columns - 60) ** 2 < 30**2)[..., None] * np.array([200, 120, 40])
     path = tmp_path / "photo.png"
@@ -69,14 +69,14 @@ print(json.dumps({{"type": config.model_type, "dtype": str(models[0].dtype), "sh
     report = json.loads(process.stdout.splitlines()[-1])
     assert report["type"] == "birefnet" and report["shape"] == [90, 120]
     assert 0 <= report["low"] < report["high"] <= 1
-    # The file is float16; the configuration says float32, which every CPU computes fast.
+    # The file is float16. The configuration says float32, which is fast on every CPU.
     assert report["dtype"] == "torch.float32"
     messages = re.sub(r"Loading weights:[^\r\n]*", "", process.stderr).strip()
     assert messages == ""
 
 
 def test_what_transformers_pushes_runs_from_the_hub(tiny_model_folder, tmp_path, photo):
-    """`push_to_hub` of model and processor carries the code: a process with empty caches needs nothing else."""
+    """`push_to_hub` of model and processor uploads the code. A process with empty caches needs nothing else."""
     push = f"""
 from transformers import AutoImageProcessor, AutoModelForImageSegmentation
 for auto_class in (AutoModelForImageSegmentation, AutoImageProcessor):
@@ -101,8 +101,10 @@ remove_background({str(photo)!r}).save(sys.argv[2])
 def test_is_importable_as_a_package(tmp_path):
     script = f"""
 import sys
+from birefnet.inference.registration import register_model
 from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
 from transformers import AutoModelForImageSegmentation
+register_model()
 print(sys.modules[BiRefNetForImageSegmentation.__module__].__file__)
 model = AutoModelForImageSegmentation.from_pretrained({str(ROOT)!r})  # registered: needs no remote code
 assert type(model) is BiRefNetForImageSegmentation
@@ -124,7 +126,7 @@ def test_wheel_in_a_clean_environment_finds_the_embedded_weights(tmp_path, photo
     run(sys.executable, "-m", "venv", "--without-pip", clean, folder=tmp_path)
     python = clean / "bin" / "python"
     run(*pip, "--python", python, "install", "--no-deps", "--no-index", wheel, folder=tmp_path)
-    # The dependencies come from this environment: a path, so that its editable install of the project stays out.
+    # A path file adds this environment's dependencies, but not its editable install of the project.
     site = Path(
         run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", folder=tmp_path).stdout.strip()
     )

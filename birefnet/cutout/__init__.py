@@ -1,6 +1,6 @@
-"""`birefnet cutout`: cut-outs of files and folders, with decoding, network and encoding side by side.
+"""`birefnet cutout`: cut-outs of files and folders, with decoding, network and encoding in parallel.
 
-`plan_jobs` decides which photo goes where; `cut_out_photos` does the work and reports photo by photo.
+`plan_jobs` assigns an output file to each photo. `cut_out_photos` does the work and reports each photo.
 """
 
 from birefnet.cutout.jobs import Job, Report, plan_jobs

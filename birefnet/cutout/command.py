@@ -1,8 +1,8 @@
 """
-`birefnet cutout`: cut the subjects out of files, folders, globs or standard input.
+`birefnet cutout`: cuts the subjects out of files, folders, globs, URLs or standard input.
 
-This module has the arguments and the reporting. `jobs` decides which photo goes where, and `stages` does the work.
-The import of torch waits until there is a photo to cut out.
+This module defines the arguments and prints the reports. `jobs` assigns the output files, and `stages` does the work.
+torch is imported only when a photo could be opened.
 """
 
 import argparse
@@ -13,30 +13,32 @@ import sys
 import time
 import warnings
 from dataclasses import asdict
-from pathlib import Path
 
-from PIL import Image, ImageColor
+from PIL import Image
 
-from birefnet.cutout.jobs import Report, plan_jobs
+from birefnet.cutout.jobs import Report, drop_unreadable, plan_jobs
 from birefnet.cutout.stages import cut_out_photos
 from birefnet.errors import UsageError
 from birefnet.inference.arguments import add_model_arguments, model_options
 from birefnet.inference.remover import load_remover
-from birefnet.photos.finding import PhotoSource
-from birefnet.photos.reading import read_photo
+from birefnet.photos.reading import DOWNLOAD_TIMEOUT
+from birefnet.repository.photo_birefnet import load_background
 
 
 DESCRIPTION = """\
-Cut the subjects out of photos. Results have the photo's own size, turned upright as its EXIF orientation says. The
-colour profile and print resolution are kept; other metadata (camera, place, time) is not copied.
-A photo that cannot be read or written is reported, and the rest goes on; the exit code is then 1."""
+Cut the subjects out of photos. Results have the size of the upright photo (the EXIF orientation is applied).
+The colour profile and print resolution are kept. Other metadata (camera, place, time) is not copied.
+Results have 8 bits per channel; a message tells where a photo has 16.
+If a photo is transparent already, the result's alpha is the matte times the photo's own alpha.
+If a photo cannot be read or written, it is reported, the other photos are processed, and the exit code is 1."""
 
 
 EXAMPLES = """\
 examples:
-  birefnet cutout photo.jpg                          # writes photo-cutout.png beside it
+  birefnet cutout photo.jpg                          # writes photo-cutout.png next to it
+  birefnet cutout https://example.org/photo.jpg      # writes photo-cutout.png in the current folder
   birefnet cutout photo.jpg -o subject.webp
-  birefnet cutout photos/ -o cutouts/                # a folder with its sub-folders, kept in the output
+  birefnet cutout photos/ -o cutouts/                # a folder and its sub-folders
   birefnet cutout "shop/**/*.jpg" -o white/ --background white --format jpeg
   birefnet cutout photo.jpg --background beach.jpg
   birefnet cutout photo.jpg --variant portrait
@@ -45,22 +47,25 @@ examples:
   birefnet cutout photos/ -o cutouts/ --json | jq 'select(.error)'
   curl -s https://example.org/photo.jpg | birefnet cutout - > subject.png
 
-exit codes: 0 all went well; 1 at least one photo failed; 2 wrong arguments; 130 interrupted by Ctrl-C"""
+exit codes: 0 success; 1 at least one photo failed; 2 wrong arguments; 130 interrupted by Ctrl-C"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `birefnet cutout`."""
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     parser.add_argument(
-        "photos", nargs="+", metavar="PHOTO", help="files, folders (searched recursively), globs, or - for stdin"
+        "photos",
+        nargs="+",
+        metavar="PHOTO",
+        help="files, folders (searched recursively), globs, http(s) URLs, or - for stdin",
     )
     output = parser.add_argument_group("output")
     output.add_argument(
         "-o",
         "--output",
         metavar="OUT",
-        help="a file for one photo, a folder (made if missing), or - for stdout; default: beside the photo, "
-        "as NAME-cutout.png or NAME-mask.png",
+        help="a file for one photo, a folder (created if missing), or - for stdout; default: NAME-cutout.png or "
+        "NAME-mask.png next to the photo",
     )
     output.add_argument("--format", choices=["png", "webp", "jpeg"], help="default: from OUT's suffix, else png")
     output.add_argument("--mask", action="store_true", help="write the soft mask alone (8-bit gray)")
@@ -69,9 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="COLOUR|PICTURE",
         help="put the subject on a colour (white, #ff8800) or a picture, which is scaled to cover the photo",
     )
+    output.add_argument(
+        "--srgb", action="store_true", help="convert photos with a colour profile to sRGB; default: keep the profile"
+    )
     output.add_argument("--overwrite", action="store_true", help="replace existing results (never a photo)")
     output.add_argument("--json", action="store_true", help="print one JSON object per photo on stdout")
-    _add_matte_arguments(parser.add_argument_group("mask edits, in this order"))
+    _add_matte_arguments(parser.add_argument_group("mask edits, applied in this order"))
     add_model_arguments(parser.add_argument_group("model"))
 
 
@@ -80,18 +88,18 @@ def _add_matte_arguments(group) -> None:
         "--sensitivity",
         type=_fraction,
         metavar="S",
-        help="0 to 1: lower keeps more of what the network was unsure about; 1 changes nothing",
+        help="0 to 1: lower values keep more of the uncertain pixels; 1 changes nothing",
     )
+    group.add_argument("--threshold", type=_fraction, metavar="T", help="0 to 1: make the mask binary at this value")
     group.add_argument(
-        "--threshold", type=_fraction, metavar="T", help="0 to 1: make the mask hard, cut at this value"
+        "--grow", type=int, default=0, metavar="PIXELS", help="grow the mask; negative values shrink it"
     )
-    group.add_argument("--grow", type=int, default=0, metavar="PIXELS", help="grow the mask; negative shrinks it")
     group.add_argument(
         "--feather",
         type=_blur,
         default=0,
         metavar="PIXELS",
-        help="soften the mask's edge (standard deviation of a blur)",
+        help="blur the mask (standard deviation)",
     )
     group.add_argument("--invert", action="store_true", help="keep the background instead of the subject")
     group.add_argument(
@@ -122,12 +130,13 @@ def _number(text: str, lowest: float, highest: float) -> float:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs `birefnet cutout` and returns its exit code."""
-    # Pillow warns from 90 megapixels on, which professional cameras reach, and refuses twice as many.
+    # Pillow warns from 90 megapixels on and refuses twice as many. Professional cameras reach the first limit.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     background = _read_background(arguments.background)
     jobs, reports = plan_jobs(arguments)
     with _Reporter(arguments, total=len(jobs) + len(reports)) as reporter:
-        for report in reports:
+        jobs, unreadable = drop_unreadable(jobs)
+        for report in reports + unreadable:
             reporter.add(report)
         if jobs:
             remover = load_remover(**model_options(arguments))
@@ -139,6 +148,7 @@ def run(arguments: argparse.Namespace) -> int:
                 batch_size=arguments.batch_size,
                 picture_format=arguments.format,
                 overwrite=arguments.overwrite,
+                srgb=arguments.srgb,
                 return_mask=arguments.mask,
                 background=background,
                 refine_foreground=arguments.refine_foreground,
@@ -153,19 +163,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _read_background(background: str | None):
-    """None, a colour or a picture; refused here, before anything is loaded."""
-    if background is None or background == "transparent":
-        return None
     try:
-        return ImageColor.getrgb(background)[:3]
-    except ValueError:
-        pass
-    try:
-        return read_photo(PhotoSource(Path(background), Path())).image.convert("RGB")
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"--background {background}: neither a colour (white, #ff8800) nor a readable picture ({error})"
-        ) from None
+        return load_background(background, DOWNLOAD_TIMEOUT)
+    except ValueError as error:
+        raise UsageError(f"--background: {error}") from None
 
 
 def _suggest_dtype(arguments: argparse.Namespace, model) -> None:
@@ -177,15 +178,17 @@ def _suggest_dtype(arguments: argparse.Namespace, model) -> None:
     computes_in_bfloat16 = compute_plan(model.device, torch.bfloat16).arithmetic == torch.bfloat16
     if arguments.dtype == "auto" and model.device.type == "cpu" and computes_in_bfloat16:
         print(
-            "birefnet cutout: here --dtype bfloat16 is 1.5 to 2 times as fast, and mattes change by 0.0005 to 0.002",
+            "birefnet cutout: --dtype bfloat16 is 1.5 to 2 times as fast on this machine; mattes change by 0.0005 to "
+            "0.002 on average",
             file=sys.stderr,
         )
 
 
 class _Reporter:
     """
-    Tells what becomes of the photos: results' paths (or JSON) on standard output, errors on standard error, a progress
-    bar on a terminal only.
+    Prints the outcome of each photo: paths of results (or JSON) on standard output, errors on standard error.
+
+    Shows a progress bar if standard error is a terminal.
     """
 
     def __init__(self, arguments: argparse.Namespace, total: int):
@@ -208,7 +211,7 @@ class _Reporter:
         if self.total > 1:
             seconds = time.perf_counter() - self.start
             print(
-                f"{self.done} cut out, {self.kept} kept as they were, {self.failed} failed, in {seconds:.1f} s",
+                f"{self.done} cut out, {self.kept} existing results kept, {self.failed} failed, in {seconds:.1f} s",
                 file=sys.stderr,
             )
 
@@ -220,9 +223,11 @@ class _Reporter:
             print(f"birefnet cutout: {report.input}: {report.error}", file=sys.stderr)
         elif report.kept:
             self.kept += 1
-            print(f"birefnet cutout: {report.output} exists, kept (--overwrite replaces it)", file=sys.stderr)
+            print(f"birefnet cutout: {report.output} exists and is kept (use --overwrite)", file=sys.stderr)
         else:
             self.done += 1
+            if report.note:
+                print(f"birefnet cutout: {report.input}: {report.note}", file=sys.stderr)
         self._print_result(report)
         if self.bar is not None:
             self.bar.update()
@@ -231,7 +236,7 @@ class _Reporter:
         if self.arguments.json:
             print(json.dumps(asdict(report)), flush=True)
         elif report.output is not None and report.error is None and not report.kept:
-            # Bytes, so that a name that is no valid text goes out as it came.
+            # Written as bytes, since a file name need not be valid text.
             sys.stdout.flush()
             sys.stdout.buffer.write(os.fsencode(report.output) + b"\n")
             sys.stdout.buffer.flush()

@@ -1,19 +1,20 @@
-"""Which photo goes where: settled before any work, so that no photo is overwritten and no result is lost."""
+"""Assigning output files to photos before any work, so that no photo is overwritten and no result is lost."""
 
 import argparse
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from birefnet.errors import UsageError
 from birefnet.photos.finding import STANDARD_STREAM, PhotoSource, find_photos
+from birefnet.photos.reading import check_photo
 from birefnet.photos.writing import OUTPUT_SUFFIXES
 
 
 @dataclass(frozen=True)
 class Job:
-    """One photo to cut out, and where to; `output` None is standard output."""
+    """One photo to cut out and the file for its result. `output` is `None` for standard output."""
 
     source: PhotoSource
     output: Path | None
@@ -21,26 +22,27 @@ class Job:
 
 @dataclass
 class Report:
-    """What became of one photo, as `--json` prints it. `size` is (width, height) in pixels."""
+    """The outcome for one photo, as `--json` prints it. `size` is (width, height) in pixels."""
 
     input: str
     output: str | None = None
     size: tuple[int, int] | None = None
-    seconds: float = 0.0  # spent on this photo: decoding, its share of the network call, finishing and writing
-    kept: bool = False  # a result existed and was left as it was
+    seconds: float = 0.0  # decoding, the network (a batch's time divided by its photos), encoding and writing
+    kept: bool = False  # whether a result existed and was kept
+    note: str | None = None  # what the user should know about a result
     error: str | None = None
 
 
 def plan_jobs(arguments: argparse.Namespace) -> tuple[list[Job], list[Report]]:
     """
-    Decides which photo goes where, before any work.
+    Assigns an output file to each photo.
 
     Returns:
-        The photos to cut out, and a report for each one that is settled already: its result exists, or its result
-        would overwrite a photo or the result of another.
+        The photos to cut out, and a report for each photo without work: its result exists, or its result would
+        overwrite a photo or another result.
 
     Raises:
-        UsageError: the output cannot be served for these photos at all.
+        UsageError: the output does not fit these photos.
     """
     single_output = _check_output(arguments)
     folder = None if arguments.output is None or single_output else Path(arguments.output)
@@ -49,17 +51,42 @@ def plan_jobs(arguments: argparse.Namespace) -> tuple[list[Job], list[Report]]:
         raise UsageError(f"-o {arguments.output} is one file, but there are {len(photos)} photos: give a folder")
     outputs = [_output_of(photo, arguments, single_output) for photo in photos]
     if arguments.output is None:
-        # A second run over a folder finds the results of the first beside the photos: they are not photos.
+        # Results are written next to the photos. A second run over the folder must not take them for photos.
         results = {os.path.abspath(output) for output in outputs if output is not None}
         kept = [i for i, photo in enumerate(photos) if not photo.path or os.path.abspath(photo.path) not in results]
         photos, outputs = [photos[i] for i in kept], [outputs[i] for i in kept]
-    reports = [Report(input=argument, error=why) for argument, why in problems]
-    jobs = _settle(list(map(Job, photos, outputs)), arguments, reports)
+    reports = [Report(input=argument, error=reason) for argument, reason in problems]
+    jobs = _without_conflicts(list(map(Job, photos, outputs)), arguments, reports)
     return jobs, reports
 
 
+def drop_unreadable(jobs: list[Job]) -> tuple[list[Job], list[Report]]:
+    """
+    Checks photos up to the first readable one, so that wrong files are reported before torch is imported.
+
+    Returns:
+        The jobs from the first readable photo on, and a report for each photo before it.
+    """
+    reports = []
+    for index, job in enumerate(jobs):
+        try:
+            readable = replace(job, source=check_photo(job.source))
+        except (OSError, ValueError) as error:
+            reports.append(Report(input=job.source.name, error=in_one_line(error)))
+        else:
+            return [readable, *jobs[index + 1 :]], reports
+    return [], reports
+
+
+def in_one_line(error: Exception) -> str:
+    """An error's message for a report."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def _check_output(arguments: argparse.Namespace) -> bool:
-    """Settles `arguments.format`; True when the output is one file or standard output, False for a folder."""
+    """Sets `arguments.format`. Returns True if the output is one file or standard output, False for a folder."""
     output = arguments.output
     if output is None and arguments.photos == [STANDARD_STREAM]:
         output = arguments.output = STANDARD_STREAM
@@ -70,14 +97,14 @@ def _check_output(arguments: argparse.Namespace) -> bool:
         arguments.format = OUTPUT_SUFFIXES[suffix]
     arguments.format = arguments.format or "png"
     if arguments.format == "jpeg" and not arguments.mask and arguments.background is None:
-        raise UsageError("JPEG has no transparency: choose png or webp, or give --background or --mask")
+        raise UsageError("JPEG has no transparency: use png or webp, --background, or --mask")
     if output == STANDARD_STREAM:
         if arguments.json:
-            raise UsageError("--json and the picture cannot both go to standard output: give -o a file")
+            raise UsageError("--json and the picture cannot both use standard output: name a file with -o")
         if sys.stdout.isatty():
-            raise UsageError("the picture would go to the terminal: give -o a file, or redirect standard output")
+            raise UsageError("standard output is a terminal: name a file with -o, or redirect standard output")
     if arguments.photos.count(STANDARD_STREAM) and output is None:
-        raise UsageError("photos from standard input and from files need -o, a folder, for the results")
+        raise UsageError("with photos from standard input and from files, name a folder for the results with -o")
     return output == STANDARD_STREAM or suffix in OUTPUT_SUFFIXES
 
 
@@ -88,12 +115,13 @@ def _output_of(photo: PhotoSource, arguments: argparse.Namespace, single_output:
         return Path(arguments.output)
     suffix = ".jpg" if arguments.format == "jpeg" else f".{arguments.format}"
     if arguments.output is None:
-        return photo.path.with_name(f"{photo.path.stem}-{'mask' if arguments.mask else 'cutout'}{suffix}")
+        beside = photo.path or photo.relative  # the result of a download goes to the current folder
+        return beside.with_name(f"{beside.stem}-{'mask' if arguments.mask else 'cutout'}{suffix}")
     return Path(arguments.output, photo.relative.with_name(photo.relative.stem + suffix))
 
 
-def _settle(jobs: list[Job], arguments: argparse.Namespace, reports: list[Report]) -> list[Job]:
-    """The jobs that are to be done; appends a report for each other one."""
+def _without_conflicts(jobs: list[Job], arguments: argparse.Namespace, reports: list[Report]) -> list[Job]:
+    """Returns the jobs without a conflict. Appends a report for each of the others."""
     originals = [job.source.path for job in jobs if job.source.path is not None] + [Path(arguments.background or "")]
     photos = {_identity(path) for path in originals} - {None}
     taken: dict[str, str] = {}
@@ -103,7 +131,7 @@ def _settle(jobs: list[Job], arguments: argparse.Namespace, reports: list[Report
         if job.output is None:
             remaining.append(job)
         elif (first := taken.setdefault(os.path.realpath(job.output), job.source.name)) != job.source.name:
-            report.error = f"its result {job.output} is already that of {first}"
+            report.error = f"its result {job.output} would overwrite the result of {first}"
             reports.append(report)
         elif _identity(job.output) in photos:
             report.error = f"its result would overwrite the photo {job.output}"
@@ -117,7 +145,7 @@ def _settle(jobs: list[Job], arguments: argparse.Namespace, reports: list[Report
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """What tells a file from others whatever its names (links, upper and lower case); None where there is none."""
+    """Identifies a file by device and inode, independent of its names. `None` if it does not exist."""
     try:
         status = path.stat()
     except OSError:

@@ -1,4 +1,4 @@
-"""Photos through decoding, network and writing, in threads that keep the whole machine busy."""
+"""The stages of `birefnet cutout` (decoding, network, encoding and writing), each in its own threads."""
 
 import os
 import sys
@@ -11,32 +11,39 @@ from dataclasses import dataclass
 from itertools import chain, islice
 
 from birefnet.concurrency import bounded_map
-from birefnet.cutout.jobs import Job, Report
+from birefnet.cutout.jobs import Job, Report, in_one_line
 from birefnet.photos.reading import read_photo
 from birefnet.photos.writing import encode_picture, write_whole
 
 
 def cut_out_photos(
-    jobs: list[Job], remover, batch_size: int, picture_format: str, overwrite: bool = False, **options
+    jobs: list[Job],
+    remover,
+    batch_size: int,
+    picture_format: str,
+    overwrite: bool = False,
+    srgb: bool = False,
+    **options,
 ) -> Iterator[Report]:
     """
-    Cuts out photo after photo and reports each when it is done, in the order of the jobs.
+    Cuts out photos and reports each of them, in the order of the jobs.
 
-    Decoding, network and finishing each have threads of their own, so that none waits for another. On a CPU two
-    networks run at a time, each on half of the cores: cores that share a photo wait for each other at every operation,
-    and all of them for whichever is busy decoding. An error is kept to the photo that it concerns.
+    Decoding, network and encoding have their own threads, so that no stage waits for another. On a CPU two network
+    calls run in parallel, each on half of the cores. This is faster than one call on all cores, since cores that share
+    a photo wait for each other at every operation. An error affects only its own photo.
 
     Args:
-        jobs: the photos, and where their results go.
+        jobs: the photos and their output files.
         remover: a `BiRefNetPipeline`.
         batch_size: photos per call of the network.
         picture_format: `"png"`, `"webp"` or `"jpeg"`.
-        overwrite: whether results that have appeared since the jobs were planned are replaced.
-        options: those of the pipeline's call, such as `return_mask` and `background`.
+        overwrite: whether to replace results that have appeared since the jobs were planned.
+        srgb: whether to convert photos with an ICC profile to sRGB.
+        options: options of the pipeline's `postprocess`, such as `return_mask` and `background`.
     """
-    import torch  # here, since it takes a second, and the command line reads this module for its help
+    import torch  # takes a second; `birefnet cutout --help` imports this module, too
 
-    stages = _Stages(remover, picture_format, overwrite, options)
+    stages = _Stages(remover, picture_format, overwrite, srgb, options)
     cores = torch.get_num_threads()
     helpers = max(1, min(4, os.cpu_count() or 1, len(jobs)))
     networks = max(1, min(2, cores, len(jobs) // batch_size)) if remover.device.type == "cpu" else 1
@@ -51,26 +58,26 @@ def cut_out_photos(
             batches = iter(lambda: list(islice(decoded, batch_size)), [])
             computed = bounded_map(computing, stages.run_network, batches, ahead=2 * networks)
             yield from bounded_map(finishing, stages.finish, chain.from_iterable(computed), ahead=helpers + 1)
-        finally:  # also on Ctrl-C, which reaches the main thread alone; else there is no network left to stop
+        finally:  # stops the networks on Ctrl-C, which only the main thread receives
             stop.set()
-            torch.set_num_threads(cores)  # which threads to come inherit
+            torch.set_num_threads(cores)  # threads that are started later inherit this number
 
 
 @contextmanager
 def _threads(count: int, name: str, cores: int) -> Iterator[Executor]:
-    """Threads that share the cores in what they compute."""
+    """An executor whose threads share the cores."""
     import torch
 
     executor = ThreadPoolExecutor(count, name, torch.set_num_threads, (max(1, cores // count),))
     try:
         yield executor
-    finally:  # also on Ctrl-C: what runs is completed (a result is written whole), what waits is dropped
+    finally:  # on Ctrl-C running calls are completed, so that results are written whole; waiting calls are dropped
         executor.shutdown(wait=True, cancel_futures=True)
 
 
 @contextmanager
 def _networks_stopped_by() -> Iterator[threading.Event]:
-    """An event that ends the networks of all threads, which take seconds, at their next layer."""
+    """An event that stops the network calls of all threads at their next layer. A whole call can take seconds."""
     import torch
 
     stop = threading.Event()
@@ -87,61 +94,62 @@ def _networks_stopped_by() -> Iterator[threading.Event]:
 
 
 @dataclass
-class _PhotoInWork:
-    """What travels from stage to stage. One whose report has an error passes the remaining stages untouched."""
+class _PhotoInProgress:
+    """A photo between two stages. The remaining stages skip a photo whose report has an error."""
 
     job: Job
     report: Report
-    data: dict | None = None  # the pipeline's inputs, later its outputs
-    encoder_options: dict | None = None
+    data: dict | None = None  # the network's inputs, later its outputs
 
 
 class _Stages:
-    def __init__(self, remover, picture_format: str, overwrite: bool, options: dict):
+    def __init__(self, remover, picture_format: str, overwrite: bool, srgb: bool, options: dict):
         self.remover = remover
         self.picture_format = picture_format
         self.overwrite = overwrite
+        self.preprocess_options = {"srgb": True} if srgb else {}
         self.options = options
-        # A mask of its own needs no more of a photo than the network sees; all else needs all of its pixels.
+        # A mask needs only as many pixels of the photo as the network sees. All other results need all of them.
         self.sufficient_side = _draft_side(remover.image_processor) if options.get("return_mask") else None
 
-    def decode(self, job: Job) -> _PhotoInWork:
-        photo = _PhotoInWork(job, Report(job.source.name))
-        with _accounted([photo]):
+    def decode(self, job: Job) -> _PhotoInProgress:
+        photo = _PhotoInProgress(job, Report(job.source.name))
+        with _recorded([photo]):
             decoded = read_photo(job.source, self.sufficient_side)
-            photo.report.size, photo.encoder_options = decoded.size, decoded.encoder_options
-            photo.data = self.remover.preprocess(decoded.image)
+            photo.report.size = decoded.size
+            if decoded.had_16_bits and not self.options.get("return_mask"):
+                photo.report.note = "the photo has 16 bits per channel, the result has 8"
+            photo.data = self.remover.preprocess(decoded.image, **self.preprocess_options)
             photo.data["target_size"] = decoded.size[::-1]
         return photo
 
-    def run_network(self, batch: list[_PhotoInWork]) -> list[_PhotoInWork]:
-        """A batch that fails is run again photo by photo, for the sake of the sound ones."""
-        sound = [photo for photo in batch if photo.report.error is None]
-        if not self._forward(sound) and len(sound) > 1:
-            for photo in sound:
+    def run_network(self, batch: list[_PhotoInProgress]) -> list[_PhotoInProgress]:
+        """Runs the network on a batch. A batch that fails is run again photo by photo, so that the others succeed."""
+        decoded = [photo for photo in batch if photo.report.error is None]
+        if not self._forward(decoded) and len(decoded) > 1:
+            for photo in decoded:
                 photo.report.error = None
                 self._forward([photo])
         return batch
 
-    def _forward(self, photos: list[_PhotoInWork]) -> bool:
-        """Replaces the photos' inputs by outputs; False if that failed."""
+    def _forward(self, photos: list[_PhotoInProgress]) -> bool:
+        """Replaces the photos' inputs by the network's outputs. Returns False if that failed."""
         if not photos:
             return True
-        with _accounted(photos):
+        with _recorded(photos):
             outputs = self.remover.forward([photo.data for photo in photos])
             for photo, output in zip(photos, outputs, strict=True):
                 photo.data = output
         return photos[0].report.error is None
 
-    def finish(self, photo: _PhotoInWork) -> Report:
+    def finish(self, photo: _PhotoInProgress) -> Report:
         if photo.report.error is None:
-            with _accounted([photo]):
+            with _recorded([photo]):
                 picture = self.remover.postprocess(photo.data, **self.options)
-                encoded = encode_picture(picture, self.picture_format, photo.encoder_options)
-                self._write(encoded, photo)
+                self._write(encode_picture(picture, self.picture_format), photo)
         return photo.report
 
-    def _write(self, encoded: bytes, photo: _PhotoInWork) -> None:
+    def _write(self, encoded: bytes, photo: _PhotoInProgress) -> None:
         output = photo.job.output
         if output is None:
             sys.stdout.buffer.write(encoded)
@@ -156,8 +164,10 @@ class _Stages:
 
 def _draft_side(image_processor) -> int | None:
     """
-    Side from which on a photo holds all that a fixed-size processor keeps of it: twice the network's, from which on a
-    JPEG decoded at reduced size reaches the network less than one gray level (mean) away from the full one.
+    The side in pixels that is sufficient for a processor of fixed size: twice the network's.
+
+    With a JPEG decoded at reduced size, but not below this side, the network's input changes by less than one gray
+    level on average.
     """
     if image_processor.do_dynamic_resize or image_processor.do_guided_upsampling:
         return None
@@ -165,21 +175,15 @@ def _draft_side(image_processor) -> int | None:
 
 
 @contextmanager
-def _accounted(photos: list[_PhotoInWork]) -> Iterator[None]:
-    """Adds the time spent inside to the photos' reports, and the error if there was one."""
+def _recorded(photos: list[_PhotoInProgress]) -> Iterator[None]:
+    """Adds the time of the `with` block and its error, if any, to the photos' reports."""
     start = time.perf_counter()
     error = None
     try:
         yield
     except Exception as raised:
-        error = _in_one_line(raised)
-    share = (time.perf_counter() - start) / len(photos)
+        error = in_one_line(raised)
+    seconds = (time.perf_counter() - start) / len(photos)
     for photo in photos:
-        photo.report.seconds = round(photo.report.seconds + share, 4)
+        photo.report.seconds = round(photo.report.seconds + seconds, 4)
         photo.report.error = error
-
-
-def _in_one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__

@@ -1,6 +1,6 @@
-"""`birefnet evaluate`: the measures of the field, for models and for folders of masks.
+"""`birefnet evaluate`: measures of image segmentation and matting, for models and for folders of masks.
 
-`measure` compares one matte with its ground truth; `average` joins the measures of many.
+`measure` compares one matte with its ground truth. `average` combines the measures of many pictures.
 """
 
 from birefnet.evaluation.metrics import LOWER_IS_BETTER, MEASURES, average, measure

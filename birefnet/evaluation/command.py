@@ -1,8 +1,8 @@
-"""`birefnet evaluate`: measure a model, a baseline or a folder of masks against ground truth.
+"""`birefnet evaluate`: measures a model, a baseline or a folder of masks against ground truth.
 
-Threads decode the pictures, the network runs here, and processes measure the mattes, each a bounded number of pictures
-ahead, so that memory does not grow with the data set. The model is the same pipeline that `birefnet cutout` uses, so
-what is measured is what users get: 8-bit mattes at the photo's own size.
+Threads decode the pictures, the main process runs the network, and other processes measure the mattes. Each stage
+works a limited number of pictures ahead, so memory does not grow with the data set. The model runs in the same
+pipeline as in `birefnet cutout`. The measures therefore describe what users get: 8-bit mattes at the photo's own size.
 """
 
 from __future__ import annotations
@@ -42,13 +42,14 @@ from birefnet.evaluation.report import (
     write_curves,
     write_json,
 )
+from birefnet.evaluation.video import add_video_arguments, run_video_evaluation
 from birefnet.inference.arguments import add_model_arguments, model_options
 from birefnet.inference.remover import load_remover
 
 
 DESCRIPTION = """\
-Measure a model, a baseline or a folder of masks against ground truth, with the field's measures of segmentation and
-matting. A pair that cannot be used is reported by name, and the rest goes on; the exit code is then 1."""
+Measure a model, a baseline or a folder of masks against ground truth, with measures of segmentation and matting.
+A pair that cannot be used is reported by name and skipped; the exit code is then 1."""
 
 EXAMPLES = """\
 examples:
@@ -58,12 +59,13 @@ examples:
   birefnet evaluate --predictions masks/ --ground-truth gt/
   birefnet evaluate validation.parquet --baseline foreground
   birefnet evaluate validation.parquet --baseline mean-mask:train.parquet
+  birefnet evaluate --video clips/ --no-stabilize             # clips with true mattes, frame by frame
   birefnet evaluate --update-card README.md --results result.json baseline.json
 
-A mask of another size than its ground truth (--predictions) is resized to it, bilinearly, as the published evaluation
-does. F, E, S, MAE, MSE and the boundary IoU stretch each matte to its own range first, as the published tables do.
+With --predictions, masks of another size than their ground truth are resized to it (bilinear), as in the published
+evaluation. F, E, S, MAE, MSE and the boundary IoU stretch each matte to its full range first, as in published tables.
 
-exit codes: 0 all went well; 1 at least one pair could not be used; 2 wrong arguments; 130 interrupted by Ctrl-C"""
+exit codes: 0 success; 1 at least one pair could not be used; 2 wrong arguments; 130 interrupted by Ctrl-C"""
 
 FOREGROUND, MEAN_MASK = "foreground", "mean-mask:"
 MEAN_MASK_SIDE = 256
@@ -72,19 +74,19 @@ AHEAD = 4
 PACKAGES = ("torch", "transformers", "timm", "pysodmetrics", "opencv-python-headless", "scipy", "numpy", "pillow")
 
 Predictor = Callable[[Iterator[Image.Image]], Iterator[np.ndarray]]
-"""Turns photos into mattes, (height, width) in uint8, in order; may read ahead."""
+"""Maps photos to mattes, uint8 (height, width), in order. May read ahead."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture on its way through the stages: photo and ground truth, later the matte.
+    """A picture in the pipeline: photo and ground truth, later also the matte.
 
     Attributes:
-        name: What messages call the pair.
-        mask: Ground truth, (height, width), uint8.
-        photo: RGB; `None` where a folder of masks is measured.
-        matte: Prediction of the mask's shape, uint8.
-        resized: Whether the prediction had another size.
+        name: Name of the pair in messages.
+        mask: Ground truth, uint8 (height, width).
+        photo: RGB photo; `None` if a folder of masks is measured.
+        matte: Prediction, uint8, same shape as the mask.
+        resized: Whether the prediction was resized to the mask's shape.
     """
 
     name: str
@@ -96,13 +98,13 @@ class Picture:
 
 @dataclass
 class Evaluation:
-    """What an evaluation found.
+    """Result of an evaluation.
 
     Attributes:
-        pictures: What was measured, in the order of the data.
-        left_out: One message for each pair that could not be used; it starts with the pair's name.
-        resized: How many predictions had another size than their ground truth.
-        cases: The worst cases, the worst first.
+        pictures: Results of the pictures, in the order of the data.
+        left_out: One message for each pair that could not be used. It starts with the pair's name.
+        resized: Number of predictions with another size than their ground truth.
+        cases: The worst cases, the worst one first.
     """
 
     pictures: list[PictureResult] = field(default_factory=list)
@@ -112,7 +114,7 @@ class Evaluation:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the arguments of `birefnet evaluate`."""
+    """Adds the arguments of `birefnet evaluate` to an `argparse` parser."""
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     data = parser.add_argument_group("data")
     data.add_argument(
@@ -120,23 +122,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument("--image-column", default="image", help="column of the photos in tables (default: image)")
     data.add_argument("--mask-column", default="mask", help="column of the masks in tables (default: mask)")
-    data.add_argument("--data-name", metavar="NAME", help="what the result calls the data (default: its file names)")
-    data.add_argument("--predictions", type=Path, metavar="FOLDER", help="masks to measure instead of a model")
-    data.add_argument("--ground-truth", type=Path, metavar="FOLDER", help="what to measure --predictions against")
+    data.add_argument("--data-name", metavar="NAME", help="name of the data in the result (default: file names)")
+    data.add_argument("--predictions", type=Path, metavar="FOLDER", help="measure these masks instead of a model")
+    data.add_argument("--ground-truth", type=Path, metavar="FOLDER", help="ground truth for --predictions")
     data.add_argument(
         "--baseline",
         metavar=f"{FOREGROUND}|{MEAN_MASK}DATA",
-        help="measure a constant instead of a model: all foreground, or the mean mask of training data",
+        help="measure a constant prediction instead of a model: all foreground, or the mean mask of training data",
     )
+    add_video_arguments(parser.add_argument_group("clips"))
     output = parser.add_argument_group("output")
-    output.add_argument("--json", type=Path, metavar="FILE", help="write the result: measures, curves, what and how")
-    output.add_argument("--csv", type=Path, metavar="FILE", help="write the measures of each picture")
-    output.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help=f"draw the {CASES} worst cases, by MAE")
-    output.add_argument("--curves", type=Path, metavar="FILE.png", help="draw precision-recall and F-measure curves")
-    output.add_argument("--update-card", type=Path, metavar="README.md", help="write --results into a model card")
+    output.add_argument("--json", type=Path, metavar="FILE", help="write the result: measures, curves, settings")
+    output.add_argument("--csv", type=Path, metavar="FILE", help="write the measures of every picture")
+    output.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help=f"draw the {CASES} worst cases by MAE")
+    output.add_argument(
+        "--curves", type=Path, metavar="FILE.png", help="draw the precision-recall and F-measure curves"
+    )
+    output.add_argument(
+        "--update-card",
+        type=Path,
+        nargs="+",
+        metavar="FILE.md",
+        help="write --results into Markdown files: tables between their markers, and the model-index of a README.md",
+    )
     output.add_argument("--results", type=Path, nargs="+", metavar="FILE", help="result files for --update-card")
     add_model_arguments(parser.add_argument_group("model"), with_variant=False)
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that measure (default: one per core)")
+    parser.add_argument("--workers", type=int, metavar="N", help="measuring processes (default: one per core)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -144,16 +155,18 @@ def run(arguments: argparse.Namespace) -> int:
     check_arguments(arguments)
     try:
         if arguments.update_card:
-            from birefnet.evaluation.card import update_card
+            from birefnet.evaluation.card import update_cards
 
-            update_card(arguments.update_card, arguments.results)
+            update_cards(arguments.update_card, arguments.results)
             return 0
+        if arguments.video:
+            return run_video_evaluation(arguments)
         metrics.require_libraries()
         return run_evaluation(arguments)
     except (ImportError, ValueError, OSError) as error:
         raise CommandError(str(error)) from error
     except BrokenProcessPool as error:
-        raise CommandError("a measuring process ended, probably for lack of memory; try fewer --workers") from error
+        raise CommandError("a measuring process died, probably out of memory; try fewer --workers") from error
     except RuntimeError as error:
         if "out of memory" not in str(error):
             raise
@@ -161,30 +174,30 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def check_arguments(arguments: argparse.Namespace):
-    """Raises a UsageError unless the arguments ask for one thing that can be done."""
+    """Raises a UsageError if arguments are missing, contradict each other or have invalid values."""
     tasks = [bool(arguments.data), bool(arguments.predictions), bool(arguments.update_card)]
     if sum(tasks) != 1:
-        raise UsageError("give one of DATA, --predictions with --ground-truth, or --update-card with --results")
+        raise UsageError("use one of DATA, --predictions with --ground-truth, or --update-card with --results")
     if bool(arguments.predictions) != bool(arguments.ground_truth):
-        raise UsageError("--predictions and --ground-truth belong together")
+        raise UsageError("--predictions and --ground-truth need each other")
     if bool(arguments.update_card) != bool(arguments.results):
-        raise UsageError("--update-card and --results belong together")
+        raise UsageError("--update-card and --results need each other")
     baseline = arguments.baseline
     if baseline and not (baseline == FOREGROUND or (baseline.startswith(MEAN_MASK) and baseline != MEAN_MASK)):
-        raise UsageError(f"--baseline {baseline}: neither {FOREGROUND} nor {MEAN_MASK}DATA")
+        raise UsageError(f"--baseline {baseline}: must be {FOREGROUND} or {MEAN_MASK}DATA")
     if baseline and (arguments.model or not arguments.data):
-        raise UsageError("--baseline goes with DATA and without --model")
+        raise UsageError("--baseline needs DATA and excludes --model")
     if arguments.workers is not None and arguments.workers < 1:
-        raise UsageError(f"--workers {arguments.workers}: at least 1")
+        raise UsageError(f"--workers {arguments.workers}: must be at least 1")
     for option in ("contact_sheet", "curves"):
         path = getattr(arguments, option)
         if path and path.suffix.lower() != ".png":
-            raise UsageError(f"--{option.replace('_', '-')} {path}: a PNG, so the name must end in .png")
+            raise UsageError(f"--{option.replace('_', '-')} {path}: the file name must end in .png")
 
 
 def run_evaluation(arguments: argparse.Namespace) -> int:
     """Measures, prints the table and writes the files. Returns the exit code."""
-    # Here, since it takes torch along, which the measuring processes must not load.
+    # Imported here, because it imports torch, which the measuring processes do not need.
     from birefnet.data.pairs import read_pairs
 
     if arguments.predictions:
@@ -219,25 +232,25 @@ def run_evaluation(arguments: argparse.Namespace) -> int:
 
 
 def data_sources(arguments: argparse.Namespace) -> list[str]:
-    """Where the ground truth comes from."""
+    """Returns the sources of the ground truth."""
     return [str(arguments.ground_truth.resolve())] if arguments.ground_truth else arguments.data
 
 
 def report(result: dict, evaluation: Evaluation, values: dict[str, float | np.ndarray]):
-    """Prints the table on standard output, what to know about it on standard error."""
+    """Prints the table on standard output and remarks on standard error."""
     data, settings = result["data"], result["settings"]
     conditions = f"{data['pictures']} pictures, {settings['resolution']}, {settings['dtype']}"
     print(f"{result['model']['name']} on {data['name']}: {conditions}\n{format_table(values)}")
     if evaluation.resized:
-        print(f"{evaluation.resized} masks were resized to the size of their ground truth.", file=sys.stderr)
+        print(f"{evaluation.resized} masks were resized to the size of their ground truth", file=sys.stderr)
     if evaluation.left_out:
-        print(f"{len(evaluation.left_out)} pairs could not be used; they are named above.", file=sys.stderr)
+        print(f"{len(evaluation.left_out)} pairs could not be used; see the messages above", file=sys.stderr)
 
 
 def write_files(
     arguments: argparse.Namespace, result: dict, evaluation: Evaluation, values: dict[str, float | np.ndarray]
 ):
-    """Writes what the arguments ask for, each file whole or not at all."""
+    """Writes the requested files. A file is complete or absent."""
     if arguments.json:
         write_json(arguments.json, result, values)
     if arguments.csv:
@@ -249,7 +262,7 @@ def write_files(
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on, as far as it is installed."""
+    """Returns the versions of the installed packages that influence the result."""
     found = {"python": platform.python_version(), "birefnet": __version__}
     for package in PACKAGES:
         try:
@@ -263,20 +276,19 @@ def versions() -> dict[str, str]:
 
 
 def match_folders(predictions: Path, ground_truth: Path) -> list:
-    """A `birefnet.data.pairs.Pair` of prediction and ground truth for each mask of the ground truth, matched by name.
+    """Matches predictions with ground truth by file name. Returns a `birefnet.data.pairs.Pair` for each ground truth.
 
-    A ground truth without a prediction stays in the list, as a pair that cannot be read: leaving it out in silence
-    would better the result.
+    A ground truth without a prediction becomes a pair that cannot be read. Ignoring it would improve the result.
 
     Raises:
         FileNotFoundError: A folder does not exist.
-        ValueError: There is no ground truth.
+        ValueError: The folder of the ground truth has no masks.
     """
     from birefnet.data.pairs import Pair, listed, pictures_by_stem
 
     predicted, true = pictures_by_stem(predictions), pictures_by_stem(ground_truth)
     if not true:
-        raise ValueError(f"{ground_truth}: it holds no mask.")
+        raise ValueError(f"{ground_truth} contains no masks")
     if unused := [str(predicted[stem]) for stem in predicted.keys() - true.keys()]:
         print(f"{len(unused)} predictions have no ground truth: {listed(unused)}", file=sys.stderr)
     return [Pair(str(path), partial(_both, predicted.get(stem), path)) for stem, path in true.items()]
@@ -286,15 +298,15 @@ def _both(prediction: Path | None, mask: Path) -> tuple[Path, Path]:
     from birefnet.data.pairs import BadPairError
 
     if prediction is None:
-        raise BadPairError(f"{mask}: there is no prediction of this name.")
+        raise BadPairError(f"{mask}: there is no prediction with this name")
     return prediction, mask
 
 
 def decode_masks(pair) -> Picture:
-    """Reads prediction and ground truth, the prediction resized to the ground truth where their sizes differ.
+    """Reads a prediction and its ground truth. Resizes the prediction to the ground truth's size.
 
     Raises:
-        BadPairError: One cannot be read, or the ground truth is all black.
+        BadPairError: A file cannot be read, or the ground truth is all black.
     """
     import cv2
 
@@ -303,17 +315,17 @@ def decode_masks(pair) -> Picture:
     prediction = Pair(str(pair.read()[0]), lambda: pair.read()[:1] * 2)
     matte, mask = (np.asarray(decode_mask(side)) for side in (prediction, pair))
     if mask.max() <= 1:
-        raise BadPairError(f"{pair.name}: the mask is all black (its largest value is {mask.max()} of 255).")
+        raise BadPairError(f"{pair.name}: the mask is all black (its largest value is {mask.max()} of 255)")
     if matte.shape == mask.shape:
         return Picture(pair.name, mask, matte=matte)
     return Picture(pair.name, mask, matte=cv2.resize(matte, mask.shape[::-1]), resized=True)
 
 
 def decode_photo(pair) -> Picture:
-    """Reads photo and ground truth.
+    """Reads a photo and its ground truth.
 
     Raises:
-        BadPairError: One cannot be read, their sizes differ, or the mask is all black.
+        BadPairError: A file cannot be read, the sizes differ, or the mask is all black.
     """
     from birefnet.data.pairs import decode_pair
 
@@ -321,11 +333,11 @@ def decode_photo(pair) -> Picture:
     return Picture(pair.name, np.asarray(mask), photo)
 
 
-# --- What is measured ---
+# --- Predictors ---
 
 
 def make_predictor(arguments: argparse.Namespace) -> tuple[Predictor, dict, dict]:
-    """The predictor, and what the result says of it: `model` and `settings`."""
+    """Returns the predictor, and the entries `model` and `settings` of the result file."""
     if arguments.baseline:
         subject = {"name": f"baseline: {arguments.baseline}", "is_baseline": True, "weights_sha256": {}}
         settings = {"resolution": "any", "dtype": "uint8"}
@@ -344,7 +356,7 @@ def make_predictor(arguments: argparse.Namespace) -> tuple[Predictor, dict, dict
 
 
 def describe_model(name: str | None, model) -> dict:
-    """What the result file says of a model: its name, weights and size; of a folder not where it lies."""
+    """Returns the entry `model` of the result file: name, weights and size. A folder's path is not included."""
     from huggingface_hub import snapshot_download
 
     from birefnet import repository_folder
@@ -365,7 +377,7 @@ def describe_model(name: str | None, model) -> dict:
 
 
 def describe_settings(remover, arguments: argparse.Namespace) -> dict:
-    """What the result file says of how the model was run."""
+    """Returns the entry `settings` of the result file: how the model ran."""
     import torch
 
     processor, device = remover.image_processor, remover.device
@@ -381,18 +393,18 @@ def describe_settings(remover, arguments: argparse.Namespace) -> dict:
 
 
 def all_foreground(photos: Iterator[Image.Image]) -> Iterator[np.ndarray]:
-    """The baseline that takes everything for foreground."""
+    """Baseline that predicts foreground everywhere."""
     return (np.full((photo.height, photo.width), 255, np.uint8) for photo in photos)
 
 
 def mean_mask(source: str, image_column: str = "image", mask_column: str = "mask") -> Image.Image:
-    """The mean of the masks of a data set, each resized to a square, as a PIL image of floats in [0, 255].
+    """Returns the mean of a data set's masks, each resized to a square: a PIL image of floats in [0, 255].
 
-    Masks that cannot be read are reported and left out.
+    Masks that cannot be read are reported and skipped.
 
     Raises:
         FileNotFoundError: The data does not exist.
-        ValueError: None of its masks can be read.
+        ValueError: No mask can be read.
     """
     from birefnet.data.pairs import BadPairError, decode_mask, read_pairs
 
@@ -412,12 +424,12 @@ def mean_mask(source: str, image_column: str = "image", mask_column: str = "mask
             if mask is not None:
                 total, count = total + mask, count + 1
     if not count:
-        raise ValueError(f"{source}: none of its {len(pairs)} masks can be read.")
+        raise ValueError(f"{source}: none of the {len(pairs)} masks can be read")
     return Image.fromarray((total / count).astype(np.float32))
 
 
 def resized_mean(mean: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """The mean mask stretched to (width, height), as uint8 of shape (height, width)."""
+    """Resizes the mean mask to (width, height). Returns uint8 (height, width)."""
     return np.asarray(mean.resize(size, Image.Resampling.BILINEAR)).round().clip(0, 255).astype(np.uint8)
 
 
@@ -436,14 +448,15 @@ def evaluate(
 
     Args:
         pairs: The `birefnet.data.pairs.Pair`s.
-        decode: Reads one of them; raises `BadPairError` for one that cannot be used.
-        predictor: Makes the mattes from the photos; `None` where `decode` gives them.
-        workers: Processes that measure, all cores where not given; 1 measures in this one. The numbers are the same.
-        cases: How many of the worst cases to keep.
-        progress: Whether to show a progress bar; `None`: on a terminal.
+        decode: Reads a pair. Raises `BadPairError` if it cannot be used.
+        predictor: Predicts mattes from photos; `None` if `decode` already returns mattes.
+        workers: Number of measuring processes. Default: one per core. 1 measures in this process. The number does not
+            change the result.
+        cases: Number of worst cases to keep.
+        progress: Whether to show a progress bar. Default: on a terminal only.
     """
     evaluation = Evaluation()
-    worst: list[tuple[float, int, Case]] = []  # a heap, the least bad first; the number settles ties
+    worst: list[tuple[float, int, Case]] = []  # heap with the smallest error first; the integer breaks ties
     workers = min(workers or os.cpu_count() or 1, len(pairs))
     with (
         ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads,
@@ -467,7 +480,7 @@ def evaluate(
 
 
 def keep_error(decode: Callable[[object], Picture]) -> Callable[[object], Picture | ValueError]:
-    """`decode`, returning a `BadPairError` instead of raising it, so that the rest goes on."""
+    """Wraps `decode`, so that it returns a `BadPairError` instead of raising it."""
     from birefnet.data.pairs import BadPairError
 
     def decode_or_error(pair) -> Picture | ValueError:
@@ -480,30 +493,30 @@ def keep_error(decode: Callable[[object], Picture]) -> Callable[[object], Pictur
 
 
 def usable(outcomes: Iterable[Picture | ValueError], evaluation: Evaluation, bar: tqdm) -> Iterator[Picture]:
-    """The pictures; the errors among them are reported at once and noted."""
+    """Yields the pictures. Reports and records the errors among the outcomes."""
     for outcome in outcomes:
         if isinstance(outcome, Picture):
             yield outcome
         else:
             evaluation.left_out.append(str(outcome))
             bar.update()
-            bar.write(f"left out: {outcome}", file=sys.stderr)
+            bar.write(f"skipped: {outcome}", file=sys.stderr)
 
 
 def predicted(pictures: Iterator[Picture], predictor: Predictor | None) -> Iterator[Picture]:
-    """The pictures with their mattes."""
+    """Yields the pictures with their mattes."""
     if predictor is None:
         return pictures
     return (replace(picture, matte=matte) for picture, matte in alongside(predictor, pictures, lambda p: p.photo))
 
 
 def alongside(function: Callable[[Iterator], Iterator], items: Iterable, argument: Callable) -> Iterator[tuple]:
-    """Each item with its output.
+    """Yields each item with its output.
 
     Args:
-        function: Turns an iterator of arguments into one of outputs, in order; may read ahead.
+        function: Maps an iterator of arguments to an iterator of outputs, in order. May read ahead.
         items: The items.
-        argument: What of an item `function` takes.
+        argument: Returns the argument for `function` from an item.
     """
     waiting = deque()
 
@@ -518,14 +531,14 @@ def alongside(function: Callable[[Iterator], Iterator], items: Iterable, argumen
 
 @contextmanager
 def measuring(workers: int) -> Iterator[Callable[[Iterator], Iterator]]:
-    """A function that measures an iterator of (matte, mask), in this process or in several others."""
+    """Yields a function that measures an iterator of (matte, mask), in this process or in several others."""
     if workers == 1:
         yield lambda pairs: map(metrics.measure_pair, pairs)
         return
-    # A fork would copy the threads' locks and the accelerator's state.
+    # Not `fork`, which would copy locked locks of threads and the accelerator's state.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=metrics.prepare_process)
     try:
         yield lambda pairs: bounded_map(pool, metrics.measure_pair, pairs, ahead=AHEAD * workers)
-    finally:  # also on Ctrl-C: what waits is dropped
+    finally:  # also on Ctrl-C: cancels waiting work
         pool.shutdown(wait=True, cancel_futures=True)

@@ -1,17 +1,16 @@
-"""The measures of image segmentation and matting, one picture at a time.
+"""Measures of image segmentation and matting.
 
-What py-sod-metrics has comes from there; the classes here add what it lacks, with the same interface: `step` takes a
-matte and its ground truth as uint8 arrays of shape (height, width) in [0, 255], `get_results` gives the mean over all
-pictures so far.
+Most measures come from py-sod-metrics. The classes here add what it lacks, with the same interface: `step` takes a
+matte and its ground truth as uint8 arrays of shape (height, width) in [0, 255]. `get_results` returns the mean over
+all pictures so far.
 
-Three conventions meet here, and each class says which one it follows:
+The measures follow three conventions. Each class says which one it uses:
 
-- Saliency and dichotomous segmentation binarise the ground truth at > 128 and, where they take a gray matte, first
-  stretch it to its own range (`py_sod_metrics.utils.prepare_data`).
-- Human correction effort, mean boundary accuracy and intersection over union binarise the matte as it is. Stretching
-  it first, as py-sod-metrics does for the human correction effort, lets a matte that is nearly black count as
-  foreground.
-- Matting compares gray values with gray values over the whole picture, as methods without a trimap report it.
+- Measures of saliency and dichotomous segmentation binarise the ground truth at > 128. If they use a gray matte, they
+  stretch it to its full range first (`py_sod_metrics.utils.prepare_data`).
+- Human correction effort, mean boundary accuracy and intersection over union binarise the matte without stretching it.
+  py-sod-metrics stretches it for the human correction effort, which turns a nearly black matte into foreground.
+- Matting measures compare gray values over the whole picture, as methods without a trimap report them.
 """
 
 from __future__ import annotations
@@ -47,17 +46,17 @@ MEASURES = {
     "gradient": "gradient error / 1000 (matting)",
     "connectivity": "connectivity error / 1000 (matting)",
 }
-"""Names of the measures, in the order of the tables; those of `LOWER_IS_BETTER` are errors."""
+"""Titles of the measures, in the order of the tables. Those in `LOWER_IS_BETTER` are errors."""
 LOWER_IS_BETTER = {"MAE", "MSE", "HCE", "SAD", "MSE_matting", "gradient", "connectivity"}
 THRESHOLDS = np.arange(255, -1, -1)
-"""The thresholds t of every curve, in its order: foreground is where the matte is ≥ t."""
+"""The thresholds t of every curve, in the curve's order. Foreground is where the matte is ≥ t."""
 
 
 def require_libraries():
-    """Imports what the measures need.
+    """Checks that the libraries for the measures are installed.
 
     Raises:
-        ImportError: A library is missing; the message names the extra that brings it.
+        ImportError: A library is missing. The message names the extra to install.
     """
     try:
         import py_sod_metrics  # noqa: F401
@@ -66,15 +65,15 @@ def require_libraries():
 
 
 def measure(matte: np.ndarray, mask: np.ndarray) -> dict[str, float | np.ndarray]:
-    """All measures of one picture.
+    """Computes all measures of one picture.
 
     Args:
-        matte: Prediction, (height, width), uint8.
-        mask: Ground truth of the same shape, uint8; soft values matter to the matting errors alone.
+        matte: Prediction, uint8 (height, width).
+        mask: Ground truth, uint8, same shape. Only the matting measures use its soft values.
 
     Returns:
-        The measures by their names in `MEASURES`, nan where one is undefined for this mask, and four curves over
-        `THRESHOLDS`: `precision`, `recall`, `F_curve`, `E_curve` and `BIoU_curve`, of 256 values each.
+        The measures by their names in `MEASURES`; nan if a measure is undefined for this mask. Also five curves over
+        `THRESHOLDS` with 256 values each: `precision`, `recall`, `F_curve`, `E_curve` and `BIoU_curve`.
 
     Raises:
         ImportError: py-sod-metrics is missing.
@@ -86,12 +85,12 @@ def measure(matte: np.ndarray, mask: np.ndarray) -> dict[str, float | np.ndarray
 
 
 def measure_pair(pair: tuple[np.ndarray, np.ndarray]) -> dict[str, float | np.ndarray]:
-    """`measure` of a tuple of matte and mask, for `map`."""
+    """Calls `measure` with a tuple of matte and mask, for use with `map`."""
     return measure(*pair)
 
 
 def prepare_process():
-    """Makes one of several measuring processes: OpenCV keeps to one thread, and Ctrl-C is left to the main process."""
+    """Initialises a measuring process: OpenCV uses one thread, and only the main process handles Ctrl-C."""
     import cv2
 
     cv2.setNumThreads(1)
@@ -139,7 +138,7 @@ def _own_measures(matte: np.ndarray, mask: np.ndarray) -> dict[str, float | np.n
 
 
 def _of_curves(curves: dict[str, np.ndarray]) -> dict[str, float | np.ndarray]:
-    """Maximum, mean and the curve itself, by names made of the curve's name."""
+    """Returns maximum and mean of each curve and the curve itself: `maxNAME`, `meanNAME` and `NAME_curve`."""
     values = {}
     for name, curve in curves.items():
         values |= {f"max{name}": float(curve.max()), f"mean{name}": float(curve.mean()), f"{name}_curve": curve}
@@ -147,35 +146,35 @@ def _of_curves(curves: dict[str, np.ndarray]) -> dict[str, float | np.ndarray]:
 
 
 def average(pictures: list[dict[str, float | np.ndarray]]) -> dict[str, float | np.ndarray]:
-    """The measures of a data set from those of its pictures, as the published tables have them.
+    """Combines the measures of pictures into those of a data set, as in published tables.
 
-    Means over the pictures, leaving out those where a measure is undefined (nan); maximum and mean of F, E and
-    boundary IoU are those of the mean curve, so the maximum takes one threshold for the whole data set.
+    A measure is the mean over the pictures for which it is defined. Maximum and mean of F, E and boundary IoU come
+    from the mean curve, so the maximum uses one threshold for the whole data set.
 
     Args:
-        pictures: What `measure` returned for each picture.
+        pictures: Results of `measure`, one for each picture.
 
     Raises:
         ValueError: There is no picture.
     """
     if not pictures:
-        raise ValueError("There is no picture to average over.")
+        raise ValueError("There are no pictures to average.")
     means = {name: _mean([picture[name] for picture in pictures]) for name in pictures[0]}
     return means | _of_curves({name: means[f"{name}_curve"] for name in ("F", "E", "BIoU")})
 
 
 def _mean(values: list[float] | list[np.ndarray]) -> float | np.ndarray:
-    """Mean over the pictures of what is no nan; nan where nothing is left."""
+    """Returns the mean over the pictures without nan values; nan if there are no other values."""
     values = np.asarray(values, dtype=np.float64)
     if values.ndim > 1:
         return values.mean(axis=0)
     defined = values[~np.isnan(values)]
-    # fsum is exact, so that the order of the pictures cannot matter.
+    # fsum is exact, so the order of the pictures does not matter.
     return math.fsum(defined) / len(defined) if len(defined) else math.nan
 
 
 def check_pair(matte: np.ndarray, mask: np.ndarray):
-    """Raises a ValueError unless both are uint8 arrays of one shape (height, width)."""
+    """Raises a ValueError unless both are uint8 arrays of the same shape (height, width)."""
     for name, values in (("matte", matte), ("ground truth", mask)):
         if values.ndim != 2 or values.dtype != np.uint8:
             raise ValueError(
@@ -186,11 +185,11 @@ def check_pair(matte: np.ndarray, mask: np.ndarray):
 
 
 class Measure:
-    """One number for each picture and their mean: what the classes below share.
+    """Base class of measures with one number for each picture.
 
     Attributes:
-        name: The key of the result.
-        values: The numbers so far, one for each picture.
+        name: Key in the result.
+        values: The numbers of the pictures so far.
     """
 
     name: str
@@ -202,8 +201,8 @@ class Measure:
         """Adds a picture.
 
         Args:
-            pred: Matte, (height, width), uint8.
-            gt: Ground truth of the same shape, uint8.
+            pred: Matte, uint8 (height, width).
+            gt: Ground truth, uint8, same shape.
 
         Raises:
             ValueError: The arrays are not uint8, not of two dimensions, or their shapes differ.
@@ -212,16 +211,16 @@ class Measure:
         self.values.append(self.of_picture(pred, gt))
 
     def of_picture(self, matte: np.ndarray, mask: np.ndarray) -> float:
-        """The measure of one picture, nan where it is undefined."""
+        """Returns the measure of one picture; nan if it is undefined."""
         raise NotImplementedError
 
     def get_results(self) -> dict[str, float]:
-        """The mean over the pictures for which the measure is defined, by its name."""
+        """Returns the mean over the pictures for which the measure is defined, by the measure's name."""
         return {self.name: _mean(self.values)}
 
 
 class MeanSquaredError(Measure):
-    """Mean of (matte − mask)², the matte stretched to its own range and the mask binarised, as MAE has it."""
+    """Mean of (matte − mask)². As for MAE, the matte is stretched to its full range and the mask is binarised."""
 
     name = "MSE"
 
@@ -233,10 +232,12 @@ class MeanSquaredError(Measure):
 
 
 class HumanCorrectionEffort(Measure):
-    """How many points and regions a person would have to correct (Qin et al., "Highly Accurate Dichotomous Image
-    Segmentation", ECCV 2022), with the matte binarised as it is, at > 128, as the authors' evaluation and the
-    published tables do. `py_sod_metrics.HumanCorrectionEffortMeasure` stretches the matte before it binarises it,
-    which gives another number for every matte that does not reach white or black.
+    """Number of points and regions that a person would have to correct (Qin et al., "Highly Accurate Dichotomous Image
+    Segmentation", ECCV 2022).
+
+    The matte is binarised at > 128 without stretching, as in the authors' evaluation and in published tables.
+    `py_sod_metrics.HumanCorrectionEffortMeasure` stretches it first, which changes the value of every matte that does
+    not reach black or white.
     """
 
     name = "HCE"
@@ -250,7 +251,7 @@ class HumanCorrectionEffort(Measure):
 
 
 class IntersectionOverUnion(Measure):
-    """Intersection over union of the matte at > 0.5, unstretched, and the mask."""
+    """Intersection over union of the mask and the matte at > 0.5, without stretching."""
 
     name = "IoU"
 
@@ -261,11 +262,12 @@ class IntersectionOverUnion(Measure):
 
 
 class MeanBoundaryAccuracy(Measure):
-    """Share of right pixels near the boundary of the mask, averaged over five widths.
+    """Fraction of correct pixels near the boundary of the mask, averaged over five widths.
 
-    From Cheng et al., "CascadePSP", CVPR 2020, as the published tables of BiRefNet use it. Matte and mask are
-    binarised at > 128. Near means within the morphological gradient of the mask by an elliptical kernel of radius 1 +
-    ⌊(r_max − 1)·i/5⌋, i = 0…4, with r_max = (width + height)/300. Undefined for a mask without a boundary.
+    From Cheng et al., "CascadePSP", CVPR 2020, as used in the published tables of BiRefNet. Matte and mask are
+    binarised at > 128. A pixel is near the boundary if it is in the morphological gradient of the mask by an
+    elliptical kernel of radius 1 + ⌊(r_max − 1)·i/5⌋ for i = 0…4, with r_max = (width + height)/300. Undefined for a
+    mask without a boundary.
     """
 
     name = "mBA"
@@ -275,7 +277,7 @@ class MeanBoundaryAccuracy(Measure):
         import cv2
 
         binary = (mask > 128).astype(np.uint8)
-        right = (matte > 128) == (mask > 128)
+        correct = (matte > 128) == (mask > 128)
         largest = sum(mask.shape) / 300
         accuracies = []
         for step in range(self.widths):
@@ -284,17 +286,17 @@ class MeanBoundaryAccuracy(Measure):
             near = cv2.morphologyEx(binary, cv2.MORPH_GRADIENT, kernel) > 0
             if not near.any():
                 return math.nan
-            accuracies.append(np.mean(right[near]))
+            accuracies.append(np.mean(correct[near]))
         return float(np.mean(accuracies))
 
 
 class BoundaryIntersectionOverUnion:
-    """Intersection over union of the boundaries, at every threshold of the matte's.
+    """Intersection over union of the boundaries of matte and mask, at every threshold.
 
-    After Cheng et al., "Boundary IoU", CVPR 2021, as the published tables of BiRefNet use it. The matte is stretched
-    to its own range. The boundary of a map is the map minus its erosion by d pixels (a square of side 2d + 1, zero
-    outside the picture), with d = 2 % of the picture's diagonal, rounded, at least 1. The mask's boundary is binarised
-    at > 128, the matte's stays gray and is compared with it at each of `THRESHOLDS`.
+    After Cheng et al., "Boundary IoU", CVPR 2021, as used in the published tables of BiRefNet. The matte is stretched
+    to its full range. The boundary of a map is the map minus its erosion by d pixels (a square of side 2d + 1, zero
+    outside the picture), where d is 2 % of the picture's diagonal, rounded, and at least 1. The mask's boundary is
+    binarised at > 128. The matte's boundary stays gray and is compared with it at each of `THRESHOLDS`.
     """
 
     share_of_diagonal = 0.02
@@ -303,20 +305,20 @@ class BoundaryIntersectionOverUnion:
         self.curves: list[np.ndarray] = []
 
     def step(self, pred: np.ndarray, gt: np.ndarray):
-        """Adds a picture; arguments and errors as those of `Measure.step`."""
+        """Adds a picture. Arguments and errors are those of `Measure.step`."""
         from py_sod_metrics.utils import prepare_data
 
         check_pair(pred, gt)
         stretched, binary = prepare_data(pred, gt)
         edge = self.boundary((stretched * 255).astype(np.uint8))
         true_edge = self.boundary(binary.astype(np.uint8) * 255) > 128
-        # Number of pixels at or above each threshold, from 255 down.
+        # Number of pixels at or above each threshold, from 255 down to 0.
         hits = np.bincount(edge[true_edge], minlength=256)[::-1].cumsum()
         false = np.bincount(edge[~true_edge], minlength=256)[::-1].cumsum()
         self.curves.append(hits / (max(np.count_nonzero(true_edge), 1) + false))
 
     def boundary(self, values: np.ndarray) -> np.ndarray:
-        """The map minus its erosion, uint8, (height, width)."""
+        """Returns the map minus its erosion, uint8 (height, width)."""
         import cv2
 
         distance = max(1, round(self.share_of_diagonal * math.hypot(*values.shape)))
@@ -324,14 +326,15 @@ class BoundaryIntersectionOverUnion:
         return values - cv2.erode(values, square, borderType=cv2.BORDER_CONSTANT, borderValue=0)
 
     def get_results(self) -> dict[str, float | np.ndarray]:
-        """`maxBIoU` and `meanBIoU` of the mean curve, and `BIoU_curve` itself."""
+        """Returns `maxBIoU` and `meanBIoU` of the mean curve, and the curve `BIoU_curve`."""
         return _of_curves({"BIoU": np.mean(self.curves, axis=0)})
 
 
 class SumOfAbsoluteDifferences(Measure):
-    """Σ|α − α*| / 1000 with both mattes in [0, 1] (Rhemann et al., "A Perceptually Motivated Online Benchmark for
-    Image Matting", CVPR 2009, alphamatting.com; in thousands, as Xu et al., "Deep Image Matting", CVPR 2017, report
-    it).
+    """Σ|α − α*| / 1000 with both mattes in [0, 1].
+
+    From Rhemann et al., "A Perceptually Motivated Online Benchmark for Image Matting", CVPR 2009 (alphamatting.com).
+    In thousands as in Xu et al., "Deep Image Matting", CVPR 2017.
     """
 
     name = "SAD"
@@ -341,7 +344,7 @@ class SumOfAbsoluteDifferences(Measure):
 
 
 class MattingMeanSquaredError(Measure):
-    """Mean of (α − α*)² with both mattes in [0, 1] and neither stretched nor binarised (alphamatting.com)."""
+    """Mean of (α − α*)² with both mattes in [0, 1], without stretching or binarising (alphamatting.com)."""
 
     name = "MSE_matting"
 
@@ -352,9 +355,9 @@ class MattingMeanSquaredError(Measure):
 class GradientError(Measure):
     """Σ(|∇α| − |∇α*|)² / 1000 (Rhemann et al., CVPR 2009, alphamatting.com, with q = 2).
 
-    The gradients come from first derivatives of a Gaussian with σ = 1.4, cut where the Gaussian falls below 0.01 (9 ×
-    9 pixels) and scaled to a unit sum of squares, the border repeated. Both mattes are stretched to [0, 1] first. The
-    constants are those of the evaluation published with Xu et al., "Deep Image Matting", CVPR 2017.
+    Both mattes are stretched to [0, 1] first. The gradient filters are first derivatives of a Gaussian with σ = 1.4,
+    cut off where the Gaussian falls below 0.01 (9 × 9 pixels) and normalised to a unit sum of squares. Border pixels
+    are repeated. The constants are those of the evaluation code of Xu et al., "Deep Image Matting", CVPR 2017.
     """
 
     name = "gradient"
@@ -365,7 +368,7 @@ class GradientError(Measure):
         return float(np.sum((self.gradient(matte) - self.gradient(mask)) ** 2)) / 1000
 
     def gradient(self, values: np.ndarray) -> np.ndarray:
-        """The gradient's length at each pixel, float64, (height, width)."""
+        """Returns the magnitude of the gradient at each pixel, float64 (height, width)."""
         from scipy.ndimage import correlate1d
 
         low, high = int(values.min()), int(values.max())
@@ -386,9 +389,9 @@ class GradientError(Measure):
 class ConnectivityError(Measure):
     """Σ|φ − φ*| / 1000 (Rhemann et al., CVPR 2009, alphamatting.com, with θ = 0.15 and p = 1).
 
-    The source region at a threshold is the largest 4-connected region where both mattes reach it. l is the last of the
-    thresholds 0, 0.1, …, 1 before a pixel first leaves the source region, 1 where it never does. With d = α − l, the
-    degree of connectivity is φ = 1 − d where d ≥ θ, else 1, and likewise φ* of the ground truth.
+    The source region at a threshold is the largest 4-connected region in which both mattes reach the threshold. For
+    each pixel, l is the highest of the thresholds 0, 0.1, …, 1 up to which the pixel belongs to the source region.
+    With d = α − l, the degree of connectivity is φ = 1 − d if d ≥ θ, else 1. φ* is the same for the ground truth.
     """
 
     name = "connectivity"
@@ -396,24 +399,24 @@ class ConnectivityError(Measure):
     levels = 10
 
     def of_picture(self, matte: np.ndarray, mask: np.ndarray) -> float:
-        connected_up_to = self.connected_up_to(np.minimum(matte, mask))  # both reach a level where the lesser does
+        connected_up_to = self.connected_up_to(np.minimum(matte, mask))  # where the minimum reaches a level, both do
         degrees = []
         for values in (matte, mask):
             beyond = values / 255 - connected_up_to
             degrees.append(1 - np.where(beyond >= self.tolerance, beyond, 0))
         return float(np.abs(degrees[0] - degrees[1]).sum()) / 1000
 
-    def connected_up_to(self, lesser: np.ndarray) -> np.ndarray:
-        """l of each pixel, float64 in [0, 1], (height, width)."""
+    def connected_up_to(self, minimum: np.ndarray) -> np.ndarray:
+        """Returns l of each pixel, float64 in [0, 1], (height, width)."""
         import cv2
 
-        last = np.ones(lesser.shape)
-        connected = np.ones(lesser.shape, dtype=bool)
+        last = np.ones(minimum.shape)
+        connected = np.ones(minimum.shape, dtype=bool)
         for level in range(1, self.levels + 1):
-            # In whole numbers, since 0.1 is none that a float can hold.
-            above = (lesser.astype(np.int64) * self.levels >= level * 255).astype(np.uint8)
+            # In integers, because floats cannot represent 0.1 exactly.
+            above = (minimum.astype(np.int64) * self.levels >= level * 255).astype(np.uint8)
             _, labels, regions, _ = cv2.connectedComponentsWithStats(above, connectivity=4)
-            areas = regions[1:, cv2.CC_STAT_AREA]  # without the background, which has label 0
+            areas = regions[1:, cv2.CC_STAT_AREA]  # without label 0, the background
             source = labels == 1 + areas.argmax() if len(areas) else np.zeros_like(connected)
             last[connected & ~source] = (level - 1) / self.levels
             connected &= source

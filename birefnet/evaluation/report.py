@@ -1,4 +1,4 @@
-"""What `birefnet evaluate` shows and writes: table, JSON, CSV, the sheet of the worst cases, the curves."""
+"""Output of `birefnet evaluate`: table, JSON, CSV, contact sheet of the worst cases, curves."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from birefnet.photos.writing import write_whole
 DIGITS = 4
 """Decimals of the table and of the model card."""
 CURVES = {"precision": "precision", "recall": "recall", "F": "F_curve", "E": "E_curve", "boundary_iou": "BIoU_curve"}
-"""Names of the curves in the result file, and in what `birefnet.evaluation.metrics.measure` returns."""
+"""Names of the curves: in the result file, and in the result of `birefnet.evaluation.metrics.measure`."""
 PAGE = "#d8d8d8"
-"""Colour of that sheet: neither of a mask's colours."""
+"""Background of the contact sheet. Differs from the black and the white of masks."""
 TILE = 220
-"""Longest side of a picture on the sheet of the worst cases, in pixels."""
+"""Longest side of a picture on the contact sheet, in pixels."""
 
 
 @dataclass(frozen=True)
 class PictureResult:
-    """What was measured on one picture.
+    """Measures of one picture.
 
     Attributes:
-        name: What messages call the pair.
+        name: Name of the pair in messages.
         size: (width, height) of the ground truth in pixels.
-        measures: What `birefnet.evaluation.metrics.measure` returned.
+        measures: Result of `birefnet.evaluation.metrics.measure`.
     """
 
     name: str
@@ -43,12 +43,12 @@ class PictureResult:
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the sheet of the worst cases: pictures already reduced to tiles.
+    """One row of the contact sheet, with pictures already reduced to tiles.
 
     Attributes:
-        error: The mean absolute error, by which cases are ranked.
-        title: The text above the row.
-        tiles: Photo (where there is one), ground truth, matte, difference; all of one size.
+        error: Mean absolute error. Ranks the cases.
+        title: Text above the row.
+        tiles: Photo (if there is one), ground truth, matte and difference, all of the same size.
     """
 
     error: float
@@ -57,7 +57,7 @@ class Case:
 
 
 def format_table(values: dict[str, float]) -> str:
-    """The measures as lines of text: name, value, and whether more or less is better."""
+    """Formats the measures as lines of text: name, value, and whether higher or lower is better."""
     width = max(map(len, MEASURES.values()))
     lines = []
     for name, title in MEASURES.items():
@@ -67,7 +67,7 @@ def format_table(values: dict[str, float]) -> str:
 
 
 def format_value(value: float | None) -> str:
-    """A measure with `DIGITS` decimals, `undefined` for nan and for the null of a result file."""
+    """Formats a measure with `DIGITS` decimals. nan and `None` (null in a result file) give `undefined`."""
     return "undefined" if value is None or math.isnan(value) else f"{value:.{DIGITS}f}"
 
 
@@ -75,9 +75,9 @@ def write_json(path: Path, result: dict, values: dict[str, float | np.ndarray]):
     """Writes the result file.
 
     Args:
-        path: Where to.
-        result: What was measured and how; `measures` and `curves` are added.
-        values: What `metrics.average` returned. An undefined measure becomes null. Curves are rounded to six decimals.
+        path: The file.
+        result: Entries about model, data and settings. `measures` and `curves` are added.
+        values: Result of `metrics.average`. Undefined measures become null. Curves are rounded to six decimals.
     """
     measures = {name: None if math.isnan(values[name]) else values[name] for name in MEASURES}
     curves = {name: np.round(values[key], 6).tolist() for name, key in CURVES.items()}
@@ -86,7 +86,7 @@ def write_json(path: Path, result: dict, values: dict[str, float | np.ndarray]):
 
 
 def write_csv(path: Path, pictures: list[PictureResult]):
-    """Writes one line for each picture: name, width, height and the measures, empty where undefined."""
+    """Writes one line per picture: name, width, height and measures. Undefined measures are empty."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(["name", "width", "height", *MEASURES])
@@ -99,14 +99,14 @@ def write_csv(path: Path, pictures: list[PictureResult]):
 def make_case(
     name: str, measures: dict[str, float | np.ndarray], photo: Image.Image | None, mask: np.ndarray, matte: np.ndarray
 ) -> Case:
-    """Reduces a picture to its row on the sheet.
+    """Reduces a picture to a row of the contact sheet.
 
     Args:
-        name: What messages call the pair.
-        measures: What `birefnet.evaluation.metrics.measure` returned.
+        name: Name of the pair in messages.
+        measures: Result of `birefnet.evaluation.metrics.measure`.
         photo: The RGB photo, if there is one.
-        mask: Ground truth, (height, width), uint8.
-        matte: Prediction of the same shape, uint8.
+        mask: Ground truth, uint8 (height, width).
+        matte: Prediction, uint8, same shape.
     """
     pictures = [Image.fromarray(mask), Image.fromarray(matte), difference(matte, mask)]
     if photo is not None:
@@ -121,7 +121,7 @@ def make_case(
 
 
 def difference(matte: np.ndarray, mask: np.ndarray) -> Image.Image:
-    """Where the matte is wrong: red where it has too much, blue where too little, gray as in the mask elsewhere."""
+    """Draws the error of a matte: red where it is too high, blue where it is too low, the gray mask elsewhere."""
     signed = matte.astype(np.int32) - mask
     gray = mask.astype(np.int32) // 2 + 64
     wrong = np.abs(signed)
@@ -132,7 +132,7 @@ def difference(matte: np.ndarray, mask: np.ndarray) -> Image.Image:
 
 
 def draw_contact_sheet(cases: list[Case]) -> Image.Image:
-    """The cases below each other, in their order, each with its title."""
+    """Draws the cases below each other, in the given order, each with its title."""
     font = ImageFont.load_default()
     margin, line = 8, 16
     heads = ["ground truth", "matte", "difference: red too much, blue too little"]
@@ -154,7 +154,7 @@ def draw_contact_sheet(cases: list[Case]) -> Image.Image:
 
 
 def _fitting(text: str, font: ImageFont.ImageFont, width: int) -> str:
-    """The text cut at its start, where paths are least telling, until it fits."""
+    """Shortens the text at its start until it fits. The end of a path says more than its start."""
     if font.getlength(text) <= width:
         return text
     start = next(start for start in range(1, len(text) + 1) if font.getlength("..." + text[start:]) <= width)
@@ -162,21 +162,21 @@ def _fitting(text: str, font: ImageFont.ImageFont, width: int) -> str:
 
 
 def write_contact_sheet(path: Path, cases: list[Case]):
-    """Writes the sheet as PNG."""
+    """Writes the contact sheet as PNG."""
     encoded = io.BytesIO()
     draw_contact_sheet(cases).save(encoded, "png")
     write_whole(encoded.getvalue(), path)
 
 
 def write_curves(path: Path, values: dict[str, float | np.ndarray], title: str):
-    """Writes precision over recall, and F over the threshold, as one PNG.
+    """Writes two plots into one PNG: precision over recall, and F-measure over the threshold.
 
     Args:
-        path: Where to.
-        values: What `birefnet.evaluation.metrics.average` returned.
-        title: The text above both.
+        path: The file.
+        values: Result of `birefnet.evaluation.metrics.average`.
+        title: Text above the plots.
     """
-    # The figure without pyplot needs no display and leaves no state behind.
+    # Without pyplot, matplotlib needs no display and keeps no global state.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.5), layout="constrained")

@@ -1,6 +1,6 @@
-"""Checkpoints: the table of published variants, downloading, loading, converting and publishing them.
+"""Published checkpoints: the table of variants, and how to download, load, convert and publish them.
 
-`load_variant("portrait")` gives a model and its processor; `load_source` does so for files and folders as well.
+`load_variant("portrait")` returns a model and its processor. `load_source` does the same for files and folders.
 """
 
 from birefnet.hub.load import load_source, load_variant

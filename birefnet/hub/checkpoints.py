@@ -1,32 +1,36 @@
 """
-Weights that others wrote: to today's names and layout, and into a model.
+Builds models from checkpoints of other sources, including the old layout.
 
-Checkpoints of the layout of before 2 May 2024 (`BiRefNet-DIS_ep580.pth`, `BiRefNet-ep480.pth` and their fine-tunes)
-become a network of today's layout that computes exactly the same. Today's network contains the old one. It has two
-more branches in every pooling block, one more image branch and one more gate; `upgrade_old_layout` sets them so that
-they change nothing.
+Checkpoints from before 2 May 2024 (`BiRefNet-DIS_ep580.pth`, `BiRefNet-ep480.pth` and their fine-tunes) have an older
+layout. The present network contains the old one: it has two more branches in every pooling block, one more image
+branch and one more gate. `upgrade_old_layout` sets the weights of these parts so that they change nothing.
 """
 
-# A gate's sigmoid is exactly 1 in float32 and float16 from 17 on.
+# The sigmoid is exactly 1 in float32 and float16 for inputs of 17 and more.
 OPEN_GATE = 40.0
 
 
 def is_old_layout(state_dict):
-    """Whether a cleaned state dict is of the layout of before 2 May 2024, which lacks the deepest image branch."""
+    """Whether a cleaned state dict has the layout from before 2 May 2024, without the deepest image branch."""
     return "decoder.ipt_blk4.conv1.weight" in state_dict and "decoder.ipt_blk5.conv1.weight" not in state_dict
 
 
 def upgrade_old_layout(state_dict):
     """
-    Returns the state dict of a network of today's layout that computes what one of the old layout did.
+    Converts a state dict of the old layout into one of the present layout that computes the same.
 
-    Differences of the old one, read from the published code before and after the change: its pooling blocks have one
-    deformable branch, of 3×3, where today there are three, of 1×1, 3×3 and 7×7; its first decoder stage sees no image
-    patches and its output passes no gradient gate. The additional branches and patches meet zero weights here, and the
-    gate stands open.
+    The differences were read from the published code before and after the change:
+
+    - The old pooling blocks have one deformable branch (3×3) instead of three (1×1, 3×3, 7×7). The weights after the
+      two new branches are set to zero.
+    - The old first decoder stage gets no image patches. The weights after the new patches are set to zero.
+    - The old first decoder stage has no gradient gate. The new gate is set to 1.
 
     Args:
-        state_dict (`dict[str, torch.Tensor]`): A cleaned state dict for which [`is_old_layout`] holds.
+        state_dict (`dict[str, torch.Tensor]`): A cleaned state dict for which [`is_old_layout`] is true.
+
+    Returns:
+        `dict[str, torch.Tensor]`: The new state dict.
     """
     import torch
 
@@ -77,10 +81,10 @@ def upgrade_old_layout(state_dict):
 
 def read_state_dict(path):
     """
-    Returns a checkpoint's state dict under today's names and in today's layout, whatever wrote it.
+    Reads a checkpoint file and returns its state dict with the present names and layout.
 
     Raises:
-        ValueError: if the file is no checkpoint of this network; the message says what it is instead.
+        ValueError: The file is not a checkpoint of this network. The message says what it is.
     """
     from birefnet.repository.checkpoint_birefnet import clean_state_dict, read_checkpoint
 
@@ -89,14 +93,14 @@ def read_state_dict(path):
 
 
 def build_config(fields):
-    """Returns the `BiRefNetConfig` of the given fields, the others at their defaults."""
+    """Returns a `BiRefNetConfig` with the given fields and default values for the others."""
     from birefnet.repository.configuration_birefnet import BiRefNetConfig
 
     return BiRefNetConfig(**fields)
 
 
 def build_processor(settings):
-    """Returns the `BiRefNetImageProcessor` of the given settings, the others at their defaults."""
+    """Returns a `BiRefNetImageProcessor` with the given settings and default values for the others."""
     from birefnet.repository.image_processing_birefnet import BiRefNetImageProcessor
 
     return BiRefNetImageProcessor(**settings)
@@ -104,15 +108,15 @@ def build_processor(settings):
 
 def model_from_state_dict(config, state_dict, dtype=None):
     """
-    Returns the model of a configuration with these weights, every one of them and nothing else.
+    Builds a model from a configuration and a complete state dict.
 
     Args:
-        config (`BiRefNetConfig`): What to build.
-        state_dict (`dict[str, torch.Tensor]`): Its weights, cleaned.
-        dtype (`torch.dtype`, *optional*): By default that of the weights.
+        config (`BiRefNetConfig`): The configuration.
+        state_dict (`dict[str, torch.Tensor]`): The cleaned state dict.
+        dtype (`torch.dtype`, *optional*): Dtype of the model. Default: the dtype of the weights.
 
     Raises:
-        ValueError: if weights are missing, unexpected or of another shape; the message names the first of them.
+        ValueError: Weights are missing, unexpected or of another shape. The message names the first of them.
     """
     from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
 
@@ -123,5 +127,5 @@ def model_from_state_dict(config, state_dict, dtype=None):
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[problem]:
             names = sorted(map(str, report[problem]))
-            raise ValueError(f"{len(names)} {problem.replace('_keys', '')} weights, the first is {names[0]}.")
+            raise ValueError(f"{len(names)} {problem.replace('_keys', '')} weights; the first one is {names[0]}.")
     return model

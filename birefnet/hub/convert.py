@@ -1,4 +1,4 @@
-"""`birefnet convert`: any BiRefNet checkpoint to a complete folder of this repository's form, and back."""
+"""`birefnet convert`: converts any BiRefNet checkpoint into a model folder, or back into the official form."""
 
 from pathlib import Path
 
@@ -13,22 +13,22 @@ DTYPES = ("float32", "float16", "bfloat16")
 def add_arguments(parser):
     """Adds the arguments of `birefnet convert` to an `argparse` parser."""
     parser.description = (
-        "Turns a BiRefNet checkpoint into a complete folder: weights, configuration, processor, code and card.\n"
-        "Prefixes of compiled and distributed training are removed, index buffers restored, and the layout of before\n"
-        "May 2024 is converted into a network that computes exactly the same."
+        "Convert a BiRefNet checkpoint into a model folder: weights, configuration, processor, code and card.\n"
+        "The command removes the prefixes of compiled and distributed training and restores missing index buffers.\n"
+        "Checkpoints from before May 2024 become a network of the present layout that computes the same."
     )
     parser.epilog = (
         "examples:\n"
         "  birefnet convert BiRefNet-portrait-epoch_150.pth portrait/ --variant portrait\n"
         "  birefnet convert ZhengPeng7/BiRefNet_HR hr/ --dtype float32\n"
-        "  birefnet convert BiRefNet-DIS_ep580.pth dis/            the layout of before May 2024\n"
-        "  birefnet convert my-finetune/ birefnet.safetensors --to-official   for ComfyUI and the published code\n"
+        "  birefnet convert BiRefNet-DIS_ep580.pth dis/                       # a checkpoint from before May 2024\n"
+        "  birefnet convert my-finetune/ birefnet.safetensors --to-official   # for ComfyUI and the published code\n"
     )
-    parser.add_argument("source", help="file, folder, variant, or repository on the Hub")
-    parser.add_argument("out", help="new folder; with --to-official also a .safetensors or .pth file")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the written weights (default: that of the source)")
-    parser.add_argument("--variant", help="the variant that the weights are; its size and card are taken")
-    parser.add_argument("--to-official", action="store_true", help="write what the published code loads")
+    parser.add_argument("source", help="a weights file, a folder, a variant's name, or a Hub id")
+    parser.add_argument("out", help="a new folder; with --to-official also a .safetensors or .pth file")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the written weights (default: as in the source)")
+    parser.add_argument("--variant", help="the variant these weights belong to; sets input size and card")
+    parser.add_argument("--to-official", action="store_true", help="write weights that the published code loads")
 
 
 def run(arguments):
@@ -37,7 +37,7 @@ def run(arguments):
 
     out = Path(arguments.out)
     if out.suffix in (".safetensors", ".pth") and not arguments.to_official:
-        raise UsageError(f"{out} is a file's name; a complete conversion is a folder. Single files: --to-official.")
+        raise UsageError(f"{out} is a file name, but the result is a folder; --to-official writes single files")
     try:
         model, processor, variant = load_source(arguments.source, arguments.variant, arguments.dtype)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Fetching an official checkpoint and making sure that it is the published file before anything reads it."""
+"""Downloads official checkpoints and verifies that a file is the published one before anything reads it."""
 
 import errno
 import hashlib
@@ -13,25 +13,25 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class DownloadError(CommandError):
-    """The file of a variant cannot be had, or is not the published one; the message says what to do."""
+    """A variant's file is unavailable or is not the published one. The message says what to do."""
 
 
 def fetch_checkpoint(variant, folder=None, cache_dir=None, token=None):
     """
-    Returns the path of a variant's published file, in the Hub's cache or in a local folder, once it is checked.
+    Downloads a variant's published file if needed, verifies it, and returns its path.
 
-    The file's size and SHA-256 are compared with the table on every call; where the table has no hash, with the one
-    under which the Hub stores the file. A file that fails is taken out of the cache, so that the next call fetches it
-    anew; a file in `folder` is left alone.
+    Size and SHA-256 are compared with the table on every call. If the table has no hash, the hash under which the Hub
+    stores the file is used. A file that fails the check is removed from the cache, so that the next call downloads it
+    again. Files in `folder` are never removed.
 
     Args:
         variant (`Variant`): A row of the table in `birefnet.hub.variants`.
-        folder (`str` or `Path`, *optional*): Folder that holds the file, directly or in a subfolder named as the
-            repository (`BiRefNet-portrait/model.safetensors`). Nothing is downloaded then.
+        folder (`str` or `Path`, *optional*): A folder with the file, directly or in a sub-folder with the repository's
+            name (`BiRefNet-portrait/model.safetensors`). With a folder, nothing is downloaded.
         cache_dir, token (*optional*): As in `huggingface_hub.hf_hub_download`.
 
     Raises:
-        DownloadError: if the file is missing, out of reach, or not the published one.
+        DownloadError: The file is missing, cannot be downloaded, or is not the published one.
     """
     if folder is not None:
         path = _find_in_folder(variant, Path(folder))
@@ -47,12 +47,12 @@ def fetch_checkpoint(variant, folder=None, cache_dir=None, token=None):
 
 
 def check_file(path, variant):
-    """Raises `DownloadError` if the file's size or SHA-256 is not the published one."""
+    """Raises a `DownloadError` if the file's size or SHA-256 is not the published one."""
     size = path.stat().st_size
     if variant.bytes is not None and size != variant.bytes:
-        what = "cut short" if size < variant.bytes else "another file"
+        what = "incomplete" if size < variant.bytes else "another file"
         raise DownloadError(f"{path} is {what}: it has {size:,} bytes, {variant.name} has {variant.bytes:,}.")
-    # The Hub stores a large file under its SHA-256, and the cache keeps that name: a check where the table has none.
+    # The Hub stores a large file under its SHA-256 and the cache keeps that name. Use it if the table has no hash.
     stored_as = path.resolve().name
     expected = variant.sha256 or (stored_as if len(stored_as) == 64 else None)
     if expected is not None and (found := _sha256(path)) != expected:
@@ -82,7 +82,7 @@ def _remove_from_cache(path):
 
 
 def _download(variant, cache_dir, token):
-    """Fetches the file into the Hub's cache, where it may be already, and returns its path there."""
+    """Downloads a variant's file into the Hub's cache if it is not there yet, and returns its path."""
     what = f"{variant.name} ({variant.repository})"
     with _explained(variant.repository, what):
         revision = _complete_revision(variant, cache_dir, token)
@@ -92,10 +92,10 @@ def _download(variant, cache_dir, token):
 
 def download_file(repository, file, what, revision=None, cache_dir=None, token=None):
     """
-    Fetches one file from the Hub into its cache, where it may be already, and returns its path there.
+    Downloads one file into the Hub's cache if it is not there yet, and returns its path.
 
     Raises:
-        DownloadError: if it cannot be had; `what` names it in the message.
+        DownloadError: The file is unavailable. The message calls it `what`.
     """
     from huggingface_hub import hf_hub_download
 
@@ -105,7 +105,7 @@ def download_file(repository, file, what, revision=None, cache_dir=None, token=N
 
 @contextmanager
 def _explained(repository, what):
-    """Turns what the Hub's client raises into a `DownloadError` that says what to do."""
+    """Converts exceptions of the Hub's client into a `DownloadError` that says what to do."""
     from huggingface_hub import constants, is_offline_mode
     from huggingface_hub import errors as hub
 
@@ -117,27 +117,27 @@ def _explained(repository, what):
     except hub.RepositoryNotFoundError as error:
         raise DownloadError(f"{what} was not found, or needs a login: run 'hf auth login'.") from error
     except hub.RevisionNotFoundError as error:
-        raise DownloadError(f"{what} has lost the revision that is known of it.") from error
+        raise DownloadError(f"{what}: the revision in the table no longer exists on the Hub.") from error
     except hub.RemoteEntryNotFoundError as error:
-        raise DownloadError(f"{what} lacks the file of weights: {error}") from error
+        raise DownloadError(f"{what}: the repository has no such weights file: {error}") from error
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
         cause = str(error.__cause__ or error).splitlines()[0]
-        reason = "HF_HUB_OFFLINE is set" if is_offline_mode() else f"the Hub did not give it ({cause})"
+        reason = "HF_HUB_OFFLINE is set" if is_offline_mode() else f"the download failed ({cause})"
         raise DownloadError(f"{what} is not in the cache, and {reason}.") from error
     except hub.HfHubHTTPError as error:
         if error.response.status_code == 401:
-            raise DownloadError(f"{what}: the Hub does not know your token; run 'hf auth login'.") from error
-        raise DownloadError(f"{what} could not be fetched: {error}") from error
+            raise DownloadError(f"{what}: the Hub rejected your token; run 'hf auth login'.") from error
+        raise DownloadError(f"{what} could not be downloaded: {error}") from error
     except OSError as error:
         if error.errno in _NO_SPACE:
             raise DownloadError(f"{what} does not fit on the disk of the cache: {error}") from error
-        raise DownloadError(f"{what} could not be fetched: {error}") from error
-    except hub.HTTPError as error:  # the connection broke, and broke again on every attempt to resume
-        raise DownloadError(f"{what} could not be fetched completely: {error}. Try again.") from error
+        raise DownloadError(f"{what} could not be downloaded: {error}") from error
+    except hub.HTTPError as error:  # the connection broke, and so did every attempt to resume
+        raise DownloadError(f"{what} could not be downloaded completely: {error}. Try again.") from error
 
 
 def _complete_revision(variant, cache_dir, token):
-    """The variant's revision as 40 digits, which the Hub's cache needs; `None` where none is established."""
+    """Returns the variant's revision with 40 digits, as the Hub's cache needs it, or `None` if it is unknown."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.file_download import repo_folder_name
 
@@ -153,11 +153,11 @@ def _complete_revision(variant, cache_dir, token):
     for commit in HfApi().list_repo_commits(variant.repository, token=token):
         if commit.commit_id.startswith(short):
             return commit.commit_id
-    raise DownloadError(f"{variant.name} ({variant.repository}) has no revision {short} any more.")
+    raise DownloadError(f"{variant.name} ({variant.repository}) no longer has the revision {short}.")
 
 
 def _check_space(variant, revision, cache_dir):
-    """Raises `DownloadError` before the download if the cache's disk has no room for the file."""
+    """Raises a `DownloadError` before the download if the cache's disk has too little space for the file."""
     from huggingface_hub import constants, try_to_load_from_cache
 
     cache = Path(cache_dir or constants.HF_HUB_CACHE)
@@ -167,5 +167,5 @@ def _check_space(variant, revision, cache_dir):
     existing = next(place for place in (cache, *cache.absolute().parents) if place.exists())
     free = shutil.disk_usage(existing).free
     if free < variant.bytes:
-        needed = f"{variant.bytes / 1e6:.0f} MB, {free / 1e6:.0f} MB are free"
-        raise DownloadError(f"{variant.name} does not fit on the disk of the cache {cache}: it takes {needed}.")
+        sizes = f"it needs {variant.bytes / 1e6:.0f} MB, {free / 1e6:.0f} MB are free"
+        raise DownloadError(f"{variant.name} does not fit on the disk of the cache {cache}: {sizes}.")

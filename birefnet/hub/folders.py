@@ -1,4 +1,4 @@
-"""Complete repositories on disk: written whole or not at all, in this project's form or in the published one."""
+"""Writes complete model folders, in this project's form or in the official one. A folder is complete or absent."""
 
 import json
 import shutil
@@ -11,21 +11,21 @@ from birefnet.errors import CommandError
 from birefnet.hub.checkpoints import build_config
 
 
-# What a published repository's config.json says; the code stays in that repository, under its author's name.
+# Repositories that the `config.json` of the official form refers to. Their code is not copied.
 OFFICIAL_REPOSITORIES = {"swin_v1_l": "ZhengPeng7/BiRefNet", "swin_v1_t": "ZhengPeng7/BiRefNet_lite"}
 
 
 @contextmanager
 def written_whole(out):
     """
-    A folder to write into that becomes `out` when all went well and vanishes when not.
+    Yields a temporary folder. It is renamed to `out` at the end, or deleted if an exception is raised.
 
     Raises:
-        CommandError: if `out` exists and is not an empty folder.
+        CommandError: `out` exists and is not an empty folder.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CommandError(f"{out} exists already; give the name of a new or empty folder.")
+        raise CommandError(f"{out} already exists; name a new or an empty folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     partial.chmod(0o755)
@@ -40,12 +40,12 @@ def written_whole(out):
 
 def write_folder(folder, model, processor, card):
     """
-    Writes a complete repository: weights, configuration, processor, code, licence and card.
+    Writes a complete model repository: weights, configuration, processor, code, licence and card.
 
     Args:
         folder (`Path`): An existing, empty folder.
-        model (`BiRefNetForImageSegmentation`): Its weights are written as they are, in their dtype.
-        processor (`BiRefNetImageProcessor`): Its settings.
+        model (`BiRefNetForImageSegmentation`): The model. Its weights keep their dtype.
+        processor (`BiRefNetImageProcessor`): The image processor.
         card (`str`): Text of README.md.
     """
     write_weights(folder / "model.safetensors", model)
@@ -60,21 +60,25 @@ def write_folder(folder, model, processor, card):
 
 
 def write_weights(path, model):
-    """Writes a model's complete state dict as published files have it: one safetensors file, integer buffers int64."""
+    """Writes a model's state dict into one safetensors file, with int64 index buffers as in official files."""
     from safetensors.torch import save_file
 
     state_dict = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
     save_file(state_dict, path, metadata={"format": "pt"})
-    Path(path).chmod(0o644)  # the library makes files that others cannot read
+    Path(path).chmod(0o644)  # by default, the library writes files that other users cannot read
 
 
 def write_official(out, model):
     """
-    Writes weights so that ComfyUI's native node and the published code load them strictly: a `.safetensors` or `.pth`
-    file, or a folder with `model.safetensors` and a `config.json` that leads to the published code.
+    Writes weights that ComfyUI's native node and the published code load with `strict=True`.
+
+    Args:
+        out (`str` or `Path`): A `.safetensors` or `.pth` file; or a folder, which gets `model.safetensors` and a
+            `config.json` that refers to the published code.
+        model (`BiRefNetForImageSegmentation`): The model.
 
     Raises:
-        CommandError: if the published code has no such network.
+        CommandError: The published code does not have this network, or `out` already exists.
     """
     check_official(model.config)
     out = Path(out)
@@ -96,27 +100,27 @@ def write_official(out, model):
 
 def _existing_parent(out):
     if out.exists() and out.is_file():
-        raise CommandError(f"{out} exists already.")
+        raise CommandError(f"{out} already exists")
     out.parent.mkdir(parents=True, exist_ok=True)
     return out.parent
 
 
 def check_official(config):
-    """Raises `CommandError` if the published code does not build this network: it has Swin-L and Swin-T alone."""
+    """Raises a `CommandError` if the published code cannot build this network. It has Swin-L and Swin-T only."""
     published = build_config({"backbone": config.backbone})
     for field in type(config).__annotations__:
         if field in ("model_type", "drop_path_rate", "freeze_backbone", "task", "loss_weights"):
-            continue  # matter in training alone
+            continue  # used in training only
         if getattr(config, field) != getattr(published, field):
             value = getattr(config, field)
-            raise CommandError(f"the published code has no network with {field}={value!r}; its repositories fix it.")
+            raise CommandError(f"the published code has no network with {field}={value!r}")
     if config.backbone not in OFFICIAL_REPOSITORIES:
         choices = " and ".join(OFFICIAL_REPOSITORIES)
-        raise CommandError(f"no published repository has a network with backbone={config.backbone!r}, but {choices}.")
+        raise CommandError(f"official repositories have no backbone={config.backbone!r}, only {choices}")
 
 
 def official_config(backbone):
-    """The `config.json` of a published repository, with the code taken from its author's repository."""
+    """Returns the `config.json` of an official repository. It refers to the code in its author's repository."""
     repository = OFFICIAL_REPOSITORIES[backbone]
     return {
         "_name_or_path": repository,

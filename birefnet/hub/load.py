@@ -1,4 +1,4 @@
-"""From whatever names weights (a file, a folder, a variant, a Hub repository) to a model and its processor."""
+"""Loads a model and its processor from a file, a folder, a variant's name or a Hub repository."""
 
 import json
 from pathlib import Path
@@ -11,24 +11,24 @@ from birefnet.hub.variants import get_variant
 
 def load_variant(name, device="cpu", dtype=None, folder=None, cache_dir=None, token=None):
     """
-    Fetches an official or derived checkpoint, checks it, and returns it ready for use.
+    Downloads a published checkpoint if needed, verifies it, and returns it ready for use.
 
     Args:
         name (`str`): A name, alias or repository of the table, such as `"portrait"`.
         device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Where the model is put.
         dtype (`torch.dtype` or `"auto"`, *optional*): Dtype of the weights. `"auto"` keeps the file's. By default the
             best for the device, see `compute_plan` in `hardware_birefnet.py`.
-        folder (`str` or `Path`, *optional*): Where the official file already is, instead of the Hub.
-        cache_dir, token (*optional*): As in `huggingface_hub.hf_hub_download`; `HF_ENDPOINT`, `HF_HUB_OFFLINE`,
-            `HF_HOME` and `HF_TOKEN` are honoured as well.
+        folder (`str` or `Path`, *optional*): A folder that already has the official file. Nothing is downloaded then.
+        cache_dir, token (*optional*): As in `huggingface_hub.hf_hub_download`. `HF_ENDPOINT`, `HF_HUB_OFFLINE`,
+            `HF_HOME` and `HF_TOKEN` also apply.
 
     Returns:
-        `tuple`: the `BiRefNetForImageSegmentation` in evaluation mode and its `BiRefNetImageProcessor`, whose size is
-        the variant's. `processor.post_process_alpha_matte(outputs, target_sizes)` gives the mattes.
+        `tuple`: The `BiRefNetForImageSegmentation` in evaluation mode, and its `BiRefNetImageProcessor` with the
+        variant's input size. `processor.post_process_alpha_matte(outputs, target_sizes)` returns the mattes.
 
     Raises:
-        ValueError: if there is no such variant, or the file holds something else than its network.
-        DownloadError: if the file cannot be had or is not the published one.
+        ValueError: There is no such variant, or the file does not contain its network.
+        DownloadError: The file is unavailable or is not the published one.
     """
     from birefnet.repository.hardware_birefnet import compute_plan
 
@@ -44,17 +44,16 @@ def load_variant(name, device="cpu", dtype=None, folder=None, cache_dir=None, to
 
 def locate_checkpoint(source, variant=None, token=None):
     """
-    Returns the file of weights that a source stands for, fetched from the Hub if need be.
+    Returns the path of a source's weights file. Downloads it from the Hub if needed.
 
     Args:
-        source (`str`): A file, a folder with one file of weights, a variant's name, or a repository on the Hub.
-        variant (`Variant`, *optional*): The variant of that name, whose file is checked.
-        token (`str`, *optional*): For private and gated repositories.
+        source (`str`): A weights file, a folder with one weights file, a variant's name, or a Hub repository.
+        variant (`Variant`, *optional*): The variant, if `source` is its name. Its file is verified.
+        token (`str`, *optional*): Hub token for private and gated repositories.
 
     Raises:
-        CommandError: if there is no such file.
+        CommandError: There is no such file.
     """
-
     path = Path(source)
     if path.is_file():
         return path
@@ -64,7 +63,7 @@ def locate_checkpoint(source, variant=None, token=None):
         return fetch_checkpoint(variant, token=token)
     if str(source).count("/") == 1 and not path.parent.is_dir():
         return download_file(str(source), "model.safetensors", what=str(source), token=token)
-    raise CommandError(f"{source} is no file, folder, variant or repository on the Hub.")
+    raise CommandError(f"{source} is not a file, a folder, a variant or a Hub repository")
 
 
 def _weights_in(folder):
@@ -73,12 +72,12 @@ def _weights_in(folder):
         return folder / "model.safetensors"
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        raise CommandError(f"{folder} needs one file of weights; it has {names}. Name the file itself.")
+        raise CommandError(f"{folder} must contain one weights file, but it contains {names}; name the file itself")
     return found[0]
 
 
 def _own_settings(checkpoint, name):
-    """A JSON file beside a checkpoint if it is one of this repository's form; `None` if not."""
+    """Returns the content of a JSON file beside a checkpoint if this project wrote it, else `None`."""
     path = Path(checkpoint).with_name(name)
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     own = settings.get("model_type") == "birefnet" and "backbone" in settings
@@ -87,15 +86,19 @@ def _own_settings(checkpoint, name):
 
 def load_source(source, variant_name=None, dtype=None):
     """
-    Loads what `birefnet convert` is given.
+    Loads a model from any source that `birefnet convert` accepts.
 
     Args:
         source (`str`): See [`locate_checkpoint`].
-        variant_name (`str`, *optional*): The variant that the weights are; its settings and card are taken.
-        dtype (`str`, *optional*): One of `DTYPES`; by default that of the weights.
+        variant_name (`str`, *optional*): The variant these weights belong to. Sets the processor's input size.
+        dtype (`str`, *optional*): `"float32"`, `"float16"` or `"bfloat16"`. Default: the dtype of the weights.
 
     Returns:
-        `tuple`: the model, its processor, and the [`Variant`] or `None`.
+        `tuple`: The model, its processor, and the [`Variant`] or `None`.
+
+    Raises:
+        CommandError: There is no such source.
+        ValueError: `variant_name` is not a variant, or the file is not a checkpoint of this network.
     """
     import torch
 

@@ -1,9 +1,8 @@
 """
-`birefnet publish`: a variant's complete repository, built, verified and uploaded to the Hub in one commit.
+`birefnet publish`: builds and verifies a variant's complete repository and uploads it to the Hub in one commit.
 
-Publishing again changes nothing: files that are there already are neither uploaded nor committed, and the tag is set
-once. An upload that broke off is finished by the next one. A version that is already published with other contents is
-refused, since a tag that people rely on must not come to mean something else.
+Publishing is safe to repeat: unchanged files are not uploaded again, and the next run completes an interrupted upload.
+A version that is already published with other contents is refused, because people rely on its tag.
 """
 
 import json
@@ -26,26 +25,26 @@ from birefnet.hub.variants import VARIANTS, get_variant
 
 TAG = f"v{__version__}"
 
-# Agreement of mattes in [0, 1]: the fresh process computes the same in the same way, but for the threads' order.
+# Largest allowed difference of mattes in [0, 1]. A fresh process may sum in another order of threads.
 TOLERANCE = 1e-3
 
 
 def build_repository(variant, repository, folder, checkpoints=None, token=None):
     """
-    Writes a variant's complete repository into a new folder, its weights in the dtype of the published file.
+    Writes a variant's complete repository into a new folder. The weights keep the dtype of the published file.
 
     Args:
         variant (`Variant`): A row of the table.
         repository (`str`): Name on the Hub, for the card's examples.
-        folder (`Path`): A new or empty folder; it is written whole or not at all.
-        checkpoints (`Path`, *optional*): Folder of official files, see [`load_variant`].
-        token (`str`, *optional*): For gated repositories.
+        folder (`Path`): A new or an empty folder. If an error occurs, nothing is written.
+        checkpoints (`Path`, *optional*): Folder with official files, see [`load_variant`].
+        token (`str`, *optional*): Hub token for gated repositories.
 
     Returns:
-        `tuple`: the model and the processor that were written.
+        `tuple`: The model and the processor.
 
     Raises:
-        DownloadError: if the official file cannot be had or is not the published one.
+        DownloadError: The official file is unavailable or is not the published one.
     """
     from birefnet.hub.variant_card import variant_card
 
@@ -56,7 +55,7 @@ def build_repository(variant, repository, folder, checkpoints=None, token=None):
 
 
 def draw_picture(width=320, height=256):
-    """A picture with a subject: a shaded disc before stripes, the same on every machine."""
+    """Returns a test picture, identical on every machine: a shaded disc in front of stripes."""
     x, y = np.meshgrid(np.linspace(-1, 1, width), np.linspace(-1, 1, height))
     stripes = 90 + 40 * np.sin(12 * (x + 0.5 * y))
     disc = 230 - 60 * (x + y)
@@ -67,21 +66,21 @@ def draw_picture(width=320, height=256):
 
 def verify_repository(folder, model, processor):
     """
-    Loads the folder in a fresh process, as users do, and compares its matte of a picture with this model's.
+    Loads the folder in a fresh process, as users do, and compares its matte with the given model's.
 
     Returns:
-        `float`: the largest difference of the two mattes.
+        `float`: The largest difference of the two mattes.
 
     Raises:
-        CommandError: if the folder does not load there, the mattes differ by more than `TOLERANCE`, or the processors
-            bring the picture to different sizes.
+        CommandError: The folder does not load, the mattes differ by more than `TOLERANCE`, or the processors resize
+            the picture to different sizes.
     """
     picture = draw_picture()
     return compare_results(folder, run_in_fresh_process(folder, picture), model, processor, picture)
 
 
 def run_in_fresh_process(folder, picture):
-    """What `birefnet.hub.verification` computes of the folder and the picture: a dict of `matte` and `shape`."""
+    """Runs `birefnet.hub.verification` on the folder and the picture and returns its `matte` and `shape`."""
     from birefnet.hub import verification
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -89,84 +88,90 @@ def run_in_fresh_process(folder, picture):
         picture.save(photo)
         program = Path(verification.__file__).read_text(encoding="utf-8")
         command = [sys.executable, "-c", program, str(Path(folder).absolute()), str(photo), str(result)]
-        # A fresh cache for the code of folders, so that nothing of an earlier one is found in it.
+        # A fresh cache for remote code, so that code of an earlier folder is not used.
         environment = {**os.environ, "HF_MODULES_CACHE": str(Path(scratch, "modules")), "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True)
         if done.returncode:
             raise CommandError(f"the built folder {folder} does not load in a fresh process:\n{done.stderr.strip()}")
-        with np.load(result) as there:
-            return dict(there)
+        with np.load(result) as arrays:
+            return dict(arrays)
 
 
-def compare_results(folder, there, model, processor, picture):
-    """The largest difference of the mattes; raises `CommandError` as [`verify_repository`] says."""
+def compare_results(folder, result, model, processor, picture):
+    """Returns the largest difference of the mattes. Raises a `CommandError` as [`verify_repository`] does."""
     from birefnet.hub import verification
 
     shape = verification.input_shape(processor, picture)
-    if tuple(there["shape"]) != shape:
-        found = tuple(int(side) for side in there["shape"])
-        raise CommandError(f"the built folder {folder} brings a picture to {found} instead of {shape}.")
-    difference = float(np.abs(there["matte"] - verification.compute_matte(model.float(), processor, picture)).max())
+    if tuple(result["shape"]) != shape:
+        found = tuple(int(side) for side in result["shape"])
+        raise CommandError(f"the built folder {folder} resizes a picture to {found} instead of {shape}.")
+    difference = float(np.abs(result["matte"] - verification.compute_matte(model.float(), processor, picture)).max())
     if not difference <= TOLERANCE:  # also true of NaN
-        raise CommandError(f"the built folder {folder} gives another matte in a fresh process: by {difference:.2g}.")
+        raise CommandError(f"the matte of the built folder {folder} differs by {difference:.2g} in a fresh process")
     return difference
 
 
-def upload_repository(folder, repository, private=False, token=None):
+def upload_repository(folder, repository, private=False, token=None, repo_type="model"):
     """
-    Uploads a complete folder in one commit and tags it with this version; safe to repeat.
+    Uploads a complete folder in one commit and tags it with the version. Safe to repeat.
 
     Args:
-        folder (`Path`): What [`build_repository`] wrote.
-        repository (`str`): `owner/name`, or `name` for the user's own; created if need be.
+        folder (`Path`): The folder that [`build_repository`] wrote.
+        repository (`str`): `owner/name`, or `name` for the user's own namespace. Created if it does not exist.
         private (`bool`, *optional*, defaults to `False`): Whether a new repository is private.
-        token (`str`, *optional*): By default that of `hf auth login` or `HF_TOKEN`.
+        token (`str`, *optional*): Hub token. Default: that of `hf auth login` or `HF_TOKEN`.
+        repo_type (`str`, *optional*, defaults to `"model"`): `"space"` for a Space, whose SDK is Gradio.
 
     Returns:
-        `tuple[str, bool]`: the tagged commit, and whether anything was changed.
+        `tuple[str, bool]`: The tagged commit, and whether anything changed.
 
     Raises:
-        CommandError: if the Hub refuses, or this version is published with other contents.
+        CommandError: The Hub refuses the upload, or this version is published with other contents.
     """
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
     with _explained(repository):
-        repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
-        tags = {tag.name: tag.target_commit for tag in api.list_repo_refs(repository).tags}
-        head = api.model_info(repository).sha
-        changed = changed_files(api, folder, repository, revision=tags.get(TAG, "main"))
+        sdk = "gradio" if repo_type == "space" else None
+        created = api.create_repo(repository, private=private, exist_ok=True, repo_type=repo_type, space_sdk=sdk)
+        repository = created.repo_id
+        tags = {tag.name: tag.target_commit for tag in api.list_repo_refs(repository, repo_type=repo_type).tags}
+        head = api.repo_info(repository, repo_type=repo_type).sha
+        changed = changed_files(api, folder, repository, tags.get(TAG, "main"), repo_type)
         if TAG in tags:
             if changed:
                 names = ", ".join(changed)
                 raise CommandError(
-                    f"{repository} has {TAG} already, with other contents ({names}). Raise the version to publish."
+                    f"{repository} already has {TAG} with other contents ({names}). Increase the version to publish."
                 )
             return tags[TAG], False
         if changed:
-            # Code files of an earlier version that this one no longer has would be loaded by nobody, but mislead.
-            # The parent makes it one commit: a retry of one that went through unnoticed is refused, not doubled.
+            # Deletes code files that an earlier version had and this one has not.
+            # With `parent_commit`, the Hub refuses a retry of an upload that already succeeded.
             commit = api.upload_folder(
                 repo_id=repository,
+                repo_type=repo_type,
                 folder_path=folder,
                 commit_message=f"{Path(repository).name} {TAG}",
                 parent_commit=head,
-                delete_patterns=["*_birefnet.py"],
+                delete_patterns=["birefnet/*"] if repo_type == "space" else ["*_birefnet.py"],
             )
             head = commit.oid
-        api.create_tag(repository, tag=TAG, revision=head, tag_message=f"birefnet {TAG}", exist_ok=True)
+        message = f"birefnet {TAG}"
+        api.create_tag(repository, tag=TAG, revision=head, tag_message=message, exist_ok=True, repo_type=repo_type)
     return head, True
 
 
-def changed_files(api, folder, repository, revision):
-    """Names of the folder's files that the repository lacks at a revision or has with other contents."""
+def changed_files(api, folder, repository, revision, repo_type="model"):
+    """Returns the names of files that are missing at a revision of the repository or differ from it."""
     from huggingface_hub.utils import sha
 
-    there = {entry.path: entry for entry in api.list_repo_tree(repository, revision=revision, recursive=True)}
+    entries = api.list_repo_tree(repository, revision=revision, recursive=True, repo_type=repo_type)
+    remote = {entry.path: entry for entry in entries}
     changed = []
     for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
-        entry = there.get(name)
+        entry = remote.get(name)
         if entry is None or entry.size != path.stat().st_size:
             changed.append(name)
         elif entry.lfs is not None:
@@ -180,7 +185,7 @@ def changed_files(api, folder, repository, revision):
 
 @contextmanager
 def _explained(repository):
-    """Turns what the Hub's client raises into a `CommandError` that says what to do."""
+    """Converts exceptions of the Hub's client into a `CommandError` that says what to do."""
     from huggingface_hub import errors as hub
 
     try:
@@ -188,54 +193,65 @@ def _explained(repository):
     except hub.HfHubHTTPError as error:
         status = error.response.status_code
         if status in (401, 403):
-            reason = "the Hub refuses it: run 'hf auth login' with a token that may write there"
+            reason = "the Hub refuses it: run 'hf auth login' with a token that may write to the repository"
         elif status in (409, 412):
-            reason = "somebody else changed the repository meanwhile; publish again"
+            reason = "somebody else changed the repository at the same time; publish again"
         elif status >= 500:
-            reason = "the Hub has a problem; publish again later, nothing is done twice"
+            reason = "the Hub has a problem; publish again later, nothing is uploaded twice"
         else:
             reason = "the Hub refuses it"
-        raise CommandError(f"{repository} was not published, {reason} ({error})") from error
+        raise CommandError(f"{repository} was not published: {reason} ({error})") from error
     except (hub.HTTPError, hub.OfflineModeIsEnabled, OSError, RuntimeError) as error:
-        # The client reports a file that could not be uploaded as a RuntimeError, with what happened as its cause.
+        # The client raises a RuntimeError for a file that could not be uploaded. The reason is its cause.
         reason = f"{error} {error.__cause__ or ''}".strip()
         raise CommandError(
-            f"{repository} was not published: {reason}. Publish again, nothing is done twice."
+            f"{repository} was not published: {reason}. Publish again; nothing is uploaded twice."
         ) from error
 
 
 def check_license(variant, private):
-    """Raises `UsageError` where the variant's terms are not known to allow a public copy."""
+    """Raises a `UsageError` if the variant's licence is not known to allow a public copy."""
     if private or variant.official or variant.license_id == "mit":
         return
-    terms = variant.license or "not established"
-    raise UsageError(f"{variant.name}: its licence ({terms}) is not known to allow a public copy; use --private.")
+    terms = variant.license or "unknown"
+    raise UsageError(f"{variant.name}: its licence ({terms}) may not allow a public copy; use --private")
 
 
 def add_arguments(parser):
     """Adds the arguments of `birefnet publish` to an `argparse` parser."""
     parser.description = (
-        "Builds a variant's complete repository (weights, configuration, processor, code, licence, card), loads it\n"
-        "in a fresh process and compares a matte, then uploads it in one commit and tags it. Safe to repeat."
+        "Build a variant's complete repository (weights, configuration, processor, code, licence, card), verify it\n"
+        "in a fresh process, upload it in one commit and tag it. Safe to repeat."
     )
     parser.epilog = (
         "examples:\n"
         "  birefnet publish portrait --repo me/BiRefNet-portrait --dry-run\n"
         "  birefnet publish portrait --repo me/BiRefNet-portrait --private\n"
-        "  birefnet publish --all --repo me          the sixteen, as me/BiRefNet-general, me/BiRefNet-lite, ...\n"
+        "  birefnet publish --all --repo me    # the 16 official ones: me/BiRefNet-general, me/BiRefNet-lite, ...\n"
+        "  birefnet publish --space --repo me/cutouts    # a Space with the page of `birefnet serve`\n"
+        "  birefnet publish general,portrait --space --repo me/cutouts\n"
     )
-    parser.add_argument("variant", nargs="?", help="name of the variant, see 'birefnet variants'")
-    parser.add_argument("--all", action="store_true", help="publish the sixteen official ones")
-    parser.add_argument("--repo", required=True, metavar="NAME", help="owner/name; with --all the owner")
+    parser.add_argument("variant", nargs="?", help="name of the variant, see `birefnet variants`")
+    parser.add_argument("--all", action="store_true", help="publish the 16 official variants")
+    parser.add_argument(
+        "--space",
+        action="store_true",
+        help="a Space that serves the variants (separated by commas), or the embedded weights",
+    )
+    parser.add_argument("--repo", required=True, metavar="NAME", help="OWNER/NAME; with --all only OWNER")
     parser.add_argument("--private", action="store_true", help="make new repositories private")
-    parser.add_argument("--dry-run", action="store_true", help="build and verify, upload nothing")
-    parser.add_argument("--checkpoints", metavar="FOLDER", help="take the official files from here, not from the Hub")
-    parser.add_argument("--folder", metavar="OUT", help="keep what is built in OUT/NAME")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per repository")
+    parser.add_argument("--dry-run", action="store_true", help="build and verify only")
+    parser.add_argument("--checkpoints", metavar="FOLDER", help="take official files from this folder")
+    parser.add_argument("--folder", metavar="OUT", help="keep the built repository in OUT/NAME")
+    parser.add_argument("--json", action="store_true", help="print one JSON object for each repository")
 
 
 def run(arguments):
-    """Runs `birefnet publish`; returns the exit code, 1 if any of several variants failed."""
+    """Runs `birefnet publish` and returns the exit code: 1 if a variant failed."""
+    if arguments.space:
+        report = _publish_space(arguments)
+        print(json.dumps(report) if arguments.json else _describe(report), flush=True)
+        return 0
     failed = False
     for variant, repository in _plan(arguments):
         try:
@@ -249,12 +265,12 @@ def run(arguments):
 
 
 def _plan(arguments):
-    """The variants to publish and the names of their repositories."""
+    """Returns the variants to publish, each with the name of its repository."""
     if arguments.all == (arguments.variant is not None):
-        raise UsageError("name one variant, or give --all")
+        raise UsageError("name one variant or use --all")
     if arguments.all:
         if "/" in arguments.repo:
-            raise UsageError(f"--all needs the owner alone as --repo, not {arguments.repo}")
+            raise UsageError(f"with --all, --repo is the owner only, not {arguments.repo}")
         official = [variant for variant in VARIANTS.values() if variant.official]
         return [(variant, f"{arguments.repo}/BiRefNet-{variant.name}") for variant in official]
     try:
@@ -266,7 +282,7 @@ def _plan(arguments):
 
 
 def _publish(variant, repository, arguments):
-    """Builds, verifies and uploads one variant; returns what there is to report."""
+    """Builds, verifies and uploads one variant. Returns its report."""
     with ExitStack() as stack:
         parent = arguments.folder or stack.enter_context(tempfile.TemporaryDirectory())
         folder = Path(parent, repository.split("/")[-1])
@@ -283,10 +299,37 @@ def _publish(variant, repository, arguments):
     return report
 
 
+def _publish_space(arguments):
+    """Builds, starts and uploads a Space; returns what there is to report."""
+    from birefnet.hub.space import build_space, verify_space
+
+    if arguments.all:
+        raise UsageError("--space and --all contradict each other: name the variants, separated by commas")
+    try:
+        variants = ",".join(get_variant(name).name for name in (arguments.variant or "").split(",") if name)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    with ExitStack() as stack:
+        parent = arguments.folder or stack.enter_context(tempfile.TemporaryDirectory())
+        folder = Path(parent, arguments.repo.split("/")[-1])
+        build_space(folder, arguments.repo, variants)
+        if not variants:  # with variants it would download their weights to start
+            verify_space(folder, draw_picture())
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        report = {"repository": arguments.repo, "verified": not variants}
+        report["files"] = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+        if not arguments.dry_run:
+            uploaded = upload_repository(folder, arguments.repo, private=arguments.private, repo_type="space")
+            report["commit"], report["changed"] = uploaded
+            report["tag"] = TAG
+    return report
+
+
 def _describe(report):
     if "error" in report:
         return f"{report['repository']}: failed: {report['error']}"
-    size = f"{len(report['files'])} files, {sum(report['files'].values()) / 1e6:.1f} MB, verified"
+    verified = ", verified" if report.get("verified", True) else ""
+    size = f"{len(report['files'])} files, {sum(report['files'].values()) / 1e6:.1f} MB{verified}"
     if "commit" not in report:
         return f"{report['repository']}: {size}; nothing uploaded (--dry-run)"
     what = "published" if report["changed"] else "already published"

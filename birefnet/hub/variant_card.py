@@ -1,4 +1,4 @@
-"""Model cards of the variants, made from the table: metadata with the published metrics as `model-index`, and text."""
+"""Makes model cards of variants from the table: metadata with the published results as `model-index`, and text."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ from birefnet.hub.variants import LICENSE_CAVEAT, Variant
 
 TAGS = ("birefnet", "background-removal", "matting", "dichotomous-image-segmentation", "transformers", "safetensors")
 
-#: key in the table -> name on a card
+#: Names of measures on a card, by their key in the table.
 MEASURES = {
     "Smeasure": "S-measure",
     "wFmeasure": "weighted F-measure",
@@ -28,13 +28,13 @@ MEASURES = {
     "pixel_accuracy": "pixel accuracy",
 }
 
-# Pictures that the Hub's own documentation uses for its widgets.
+# Example pictures from the Hub's own documentation.
 WIDGET = (
     ("Tiger", "https://huggingface.co/datasets/mishig/sample_images/resolve/main/tiger.jpg"),
     ("Football match", "https://huggingface.co/datasets/mishig/sample_images/resolve/main/football-match.jpg"),
 )
 
-UNKNOWN = "not established"
+UNKNOWN = "unknown"
 
 USAGE = """\
 ## Use
@@ -54,29 +54,29 @@ remover("photo.jpg").save("subject.png")
 Or with the model itself:
 
 ```python
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoModelForImageSegmentation
 
 model = AutoModelForImageSegmentation.from_pretrained("{repository}", trust_remote_code=True, dtype=dtype).to(device)
 processor = AutoImageProcessor.from_pretrained("{repository}", trust_remote_code=True)
-photo = Image.open("photo.jpg").convert("RGB")
+photo = ImageOps.exif_transpose(Image.open("photo.jpg"))  # upright
 with torch.inference_mode():
     outputs = model(**processor(photo, return_tensors="pt").to(device))
 matte = processor.post_process_alpha_matte(outputs, target_sizes=[photo.size[::-1]])[0]  # (height, width) in [0, 1]
 ```
 
-`pipeline("image-segmentation", ...)` gives hard masks. The processor brings photos to {size} (width × height).
+`pipeline("image-segmentation", ...)` returns hard masks. The processor resizes photos to {size} (width × height).
 `handler.py` serves the model on Inference Endpoints.
 """
 
 
 def variant_card(variant: Variant, repository: str) -> str:
     """
-    Returns the README.md of a variant published under the given name: YAML metadata and text.
+    Returns the README.md of a variant: YAML metadata and text.
 
     Args:
-        variant: A row of the table; what is `None` there is called not established.
-        repository: Name on the Hub that the examples load.
+        variant: A row of the table. The card calls facts that are `None` unknown.
+        repository: Name on the Hub, for the examples.
     """
     parts = [
         f"# {variant.title}",
@@ -92,7 +92,7 @@ def variant_card(variant: Variant, repository: str) -> str:
 
 
 def plain_card(name: str, source: str, config) -> str:
-    """Returns the README.md of a converted checkpoint of which no more is known than where it came from."""
+    """Returns the README.md of a converted checkpoint that is not in the table."""
     from huggingface_hub import ModelCardData
 
     data = ModelCardData(library_name="transformers", pipeline_tag="image-segmentation", tags=list(TAGS))
@@ -138,17 +138,17 @@ def _evaluations(variant):
 
 
 def _setting(row):
-    """What tells rows of one data set apart: the checkpoint's own name and the size, where they are known."""
+    """Returns the checkpoint's own name and the input size, if known. They distinguish results on one data set."""
     return ", ".join(filter(None, (row["method"], row["resolution"] and row["resolution"].replace("x", " × "))))
 
 
 def _results(variant):
     if not variant.metrics:
-        return "## Published results\n\nNone established."
-    lines = ["## Published results", "", "As published for the original; they were not measured again.", ""]
+        return "## Published results\n\nNone known."
+    lines = ["## Published results", "", "As published for the original, not measured again.", ""]
     for row in variant.metrics:
         values = "; ".join(f"{MEASURES[measure]} {value}" for measure, value in row["values"].items())
-        lines.append(f"- {row['dataset']} ({_setting(row) or 'setting not established'}): {values}")
+        lines.append(f"- {row['dataset']} ({_setting(row) or 'unknown setting'}): {values}")
     return "\n".join(lines)
 
 
@@ -156,7 +156,7 @@ def _facts(variant):
     size = f"{variant.bytes:,} bytes" if variant.bytes else f"size {UNKNOWN}"
     trained = "{width} × {height}".format(**variant.training_size) if variant.training_size else UNKNOWN
     lines = [
-        "## Where it comes from",
+        "## Origin",
         "",
         f"- Original: `{variant.weights_file}` of `{variant.repository}` at revision `{variant.revision or UNKNOWN}`, "
         f"{size}, SHA-256 `{variant.sha256 or UNKNOWN}`, {variant.dtype or f'dtype {UNKNOWN}'}",

@@ -1,12 +1,7 @@
-"""The published BiRefNet checkpoints: one table of facts, and the way from a name to a model and its processor.
+"""The table of published BiRefNet checkpoints, and `birefnet variants`.
 
-The facts are in `variants.json` beside this file; configurations, processor settings, README rows, model cards, the
-command `birefnet variants` and the tests are made from it. A `null` there is a fact that nobody has established.
-
-```python
->>> from birefnet.hub.variants import load_variant
->>> model, processor = load_variant("portrait", device="cuda")
-```
+The facts are in `variants.json` beside this file. Configurations, processor settings, the table in
+docs/choosing-a-variant.md, model cards and tests come from it. `null` means that a fact is unknown.
 """
 
 import dataclasses
@@ -20,31 +15,32 @@ from birefnet.errors import UsageError
 @dataclasses.dataclass(frozen=True)
 class Variant:
     """
-    One published checkpoint. Fields that may be `None` are then not established, and nothing is put in their place.
+    One published checkpoint. An optional field is `None` if the fact is unknown.
 
     Attributes:
-        name (`str`): What users call it, such as `"HR-matting"`.
-        title (`str`): Its name in a heading.
-        official (`bool`): Whether it is one of the sixteen of BiRefNet's author.
-        gated (`bool`): Whether its terms have to be accepted on the Hub before downloading.
-        repository (`str`): Where it is on the Hub.
-        aliases (`tuple[str]`): Other names of it, former repositories among them.
-        revision (`str`, *optional*): The commit that the facts are of, complete or abbreviated.
-        file (`str`, *optional*): The weights' name in the repository.
+        name (`str`): The variant's name, such as `"HR-matting"`.
+        title (`str`): The name in headings.
+        official (`bool`): Whether it is one of the 16 checkpoints of BiRefNet's author.
+        gated (`bool`): Whether users must accept terms on the Hub before downloading.
+        repository (`str`): Repository on the Hub.
+        aliases (`tuple[str]`): Other names, including former repositories.
+        revision (`str`, *optional*): The commit that the facts describe, complete or abbreviated.
+        file (`str`, *optional*): Name of the weights file in the repository.
         bytes (`int`, *optional*): Size of that file.
         sha256 (`str`, *optional*): Hash of that file.
-        dtype (`str`, *optional*): `"float16"` or `"float32"`, that of the file.
+        dtype (`str`, *optional*): Dtype of that file: `"float16"` or `"float32"`.
         parameters (`int`): Number of trainable parameters.
-        config (`dict`): Fields of `BiRefNetConfig` that tell it from the defaults.
-        processor (`dict`): Settings of `BiRefNetImageProcessor` that tell it from the defaults: a fixed `size`, or
-            dynamic sizing and its bounds.
-        training_size (`dict`, *optional*): Height and width in pixels that it was trained at.
+        config (`dict`): Fields of `BiRefNetConfig` that differ from the defaults.
+        processor (`dict`): Settings of `BiRefNetImageProcessor` that differ from the defaults: a fixed `size`, or
+            dynamic resizing with its limits.
+        training_size (`dict`, *optional*): Height and width of the training pictures in pixels.
         purpose (`str`): The task, in its author's words.
-        derived_from (`str`, *optional*): What it was fine-tuned from, and how.
-        license (`str`, *optional*): The weights' terms as declared; `license_id` is the Hub's identifier for them.
+        derived_from (`str`, *optional*): The checkpoint it was fine-tuned from, and how.
+        license (`str`, *optional*): Declared terms of the weights.
+        license_id (`str`, *optional*): The Hub's identifier of these terms.
         training_sets, validation_sets (`tuple[str]`, *optional*): Names of the data sets.
         metrics (`tuple[dict]`): Published results: `dataset`, `method`, `resolution` (width x height) and `values`.
-        notes (`tuple[str]`): What else to know about these facts.
+        notes (`tuple[str]`): Remarks about these facts.
         good_for, avoid (`str`): When to use it and when not to.
     """
 
@@ -76,12 +72,12 @@ class Variant:
 
     @property
     def weights_file(self):
-        """The file to fetch: where its name is not established, the one that transformers looks for."""
+        """The file to download. If its name is unknown, this is the name that transformers looks for."""
         return self.file or "model.safetensors"
 
     @property
     def size_text(self):
-        """The processor's size in words, such as `"1024 x 1024"` (width x height)."""
+        """The processor's size as text, such as `"1024 x 1024"` (width x height)."""
         if self.processor.get("do_dynamic_resize"):
             return "{minimum_size} to {maximum_size}".format(**self.processor)
         return "{width} x {height}".format(**self.processor["size"])
@@ -97,39 +93,40 @@ def _read_table():
     return variants, table["kinds"], table["license_caveat"]
 
 
-#: name -> `Variant`; kind of picture -> {"variant": name, "reason": sentence}; what to know about the MIT licence.
+#: `VARIANTS`: name -> `Variant`. `KINDS`: kind of picture -> {"variant": name, "reason": sentence}.
+#: `LICENSE_CAVEAT`: a remark about the official weights' licence.
 VARIANTS, KINDS, LICENSE_CAVEAT = _read_table()
 
 
 def get_variant(name):
     """
-    Returns the [`Variant`] of a name, an alias or a repository on the Hub; case, `-` and `_` make no difference.
+    Returns the [`Variant`] with a name, an alias or a Hub repository. Ignores case and the difference of `-` and `_`.
 
     Raises:
-        ValueError: if the table has no such variant; the message lists those that it has.
+        ValueError: The table has no such variant. The message lists all variants.
     """
 
     def plain(text):
         return text.lower().replace("_", "-")
 
     for variant in VARIANTS.values():
-        # general-fp32 is in general's repository: the first of the table wins, which is what the repository holds.
+        # general and general-fp32 have the same repository. Its name stands for the first row, general.
         names = (variant.name, variant.repository, variant.repository.split("/")[1], *variant.aliases)
         if plain(name) in map(plain, names):
             return variant
-    raise ValueError(f"There is no variant {name!r}; there are {', '.join(VARIANTS)}.")
+    raise ValueError(f"There is no variant {name!r}. The variants are {', '.join(VARIANTS)}.")
 
 
-def readme_rows():
-    """The table of the official checkpoints for README.md, in Markdown."""
+def variants_table():
+    """Returns the table of docs/choosing-a-variant.md in Markdown."""
     lines = [
-        "| variant | repository | network | size | good for |",
-        "|---|---|---|---|---|",
+        "| variant | repository | network | input size | good for | not for |",
+        "|---|---|---|---|---|---|",
     ]
     for variant in VARIANTS.values():
         link = f"[{variant.repository}](https://huggingface.co/{variant.repository})"
-        network = variant.config["backbone"]
-        lines.append(f"| `{variant.name}` | {link} | {network} | {variant.size_text} | {variant.good_for} |")
+        facts = (f"`{variant.name}`", link, variant.config["backbone"], variant.size_text)
+        lines.append(f"| {' | '.join((*facts, variant.good_for, variant.avoid))} |")
     return "\n".join(lines)
 
 
@@ -144,13 +141,13 @@ def _print_table():
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
     for row in rows:
         print("  ".join([*map(str.ljust, row, widths), row[-1]]))
-    print(f"\n{LICENSE_CAVEAT}.\n'birefnet variants which' helps to choose.")
+    print(f"\n{LICENSE_CAVEAT}.\n`birefnet variants which` helps to choose.")
 
 
 def _ask_kind():
-    """Asks on the terminal which kind of picture it is; returns one of `KINDS`."""
+    """Asks on the terminal for the kind of picture and returns the answer."""
     kinds = list(KINDS)
-    print("What is in the pictures, or what are they for?")
+    print("What do the pictures show, or what are they for?")
     for number, kind in enumerate(kinds, start=1):
         print(f"  {number}  {kind}")
     answer = input("Number or name: ").strip()
@@ -159,30 +156,33 @@ def _ask_kind():
 
 def choose_variant(kind):
     """
-    Returns the name of the checkpoint for a kind of picture and the reason.
+    Returns the name of the variant for a kind of picture, and the reason.
+
+    Args:
+        kind (`str`): The beginning or a word of one of `KINDS`.
 
     Raises:
-        ValueError: if the kind is none of `KINDS`, of which a beginning or any word of the name is enough.
+        ValueError: No kind matches. The message lists all kinds.
     """
     wanted = kind.strip().lower()
     for known, choice in KINDS.items():
         if wanted and (known.lower().startswith(wanted) or wanted in known.lower().split()):
             return choice["variant"], choice["reason"]
-    raise ValueError(f"There is no kind of picture {kind!r}; there are {', '.join(KINDS)}.")
+    raise ValueError(f"There is no kind of picture {kind!r}. The kinds are {', '.join(KINDS)}.")
 
 
 def add_arguments(parser):
     """Adds the arguments of `birefnet variants` to an `argparse` parser."""
-    parser.description = "Lists the published checkpoints, or names the one for a kind of picture."
+    parser.description = "List the published checkpoints, or name the one for a kind of picture."
     parser.epilog = (
         "examples:\n"
-        "  birefnet variants                     the table\n"
-        "  birefnet variants --json              all that is known about each\n"
-        "  birefnet variants which               asks what the pictures are\n"
-        f"  birefnet variants which portrait      one of: {', '.join(KINDS)}\n"
+        "  birefnet variants                    # the table\n"
+        "  birefnet variants --json             # all known facts about each variant\n"
+        "  birefnet variants which              # asks for the kind of picture\n"
+        f"  birefnet variants which portrait     # one of: {', '.join(KINDS)}\n"
     )
-    parser.add_argument("action", nargs="?", choices=["which"], help="name the checkpoint for a kind of picture")
-    parser.add_argument("kind", nargs="*", help="the kind of picture; asked for on a terminal when left out")
+    parser.add_argument("action", nargs="?", choices=["which"], help="name the variant for a kind of picture")
+    parser.add_argument("kind", nargs="*", help="kind of picture (default: asks on the terminal)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 

@@ -1,6 +1,8 @@
 """
-What a repository's folder computes, for `birefnet publish` to compare: run as a program of its own, this file knows
-the folder alone and nothing of this package, as the program of whoever downloads it.
+Computes a matte with a model folder, for the check in `birefnet publish`.
+
+`birefnet publish` runs this file as a separate program. It uses the folder but not this package, like the program of a
+user who downloads the folder.
 """
 
 import sys
@@ -10,12 +12,12 @@ import torch
 from PIL import Image
 
 
-# What the network sees: 2048 x 2048 would take minutes and tens of gigabytes on a CPU.
+# Input size of the check. 2048 x 2048 would take minutes and tens of gigabytes on a CPU.
 SMALL = {"size": {"height": 256, "width": 320}, "do_dynamic_resize": False}
 
 
 def compute_matte(model, processor, photo):
-    """The matte of a photo at a small size, float32 of the photo's height and width."""
+    """Returns the matte of a photo, computed at a small size: float32, (height, width) of the photo."""
     inputs = processor(photo, **SMALL, return_tensors="pt")
     with torch.inference_mode():
         outputs = model(**inputs)
@@ -23,12 +25,12 @@ def compute_matte(model, processor, photo):
 
 
 def input_shape(processor, photo):
-    """Shape of what the processor makes of the photo by its own settings."""
+    """Returns the shape of the network's input with the processor's own settings."""
     return tuple(processor(photo, return_tensors="pt")["pixel_values"].shape)
 
 
 def main(folder, picture, result):
-    """Writes `matte` and `shape` of a picture by the folder's model and processor to a .npz file."""
+    """Computes `matte` and `shape` with the folder's model and processor and writes them to a .npz file."""
     from transformers import AutoImageProcessor, AutoModelForImageSegmentation
 
     model = AutoModelForImageSegmentation.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)

@@ -1,6 +1,6 @@
-"""Models ready to run: loading, device and dtype, int8, and the command-line arguments that choose them.
+"""Models ready to run: loading, device, dtype, int8, and the command-line arguments for them.
 
-`load_remover(...)` gives the background-removal pipeline, which all commands share.
+`load_remover(...)` returns the background-removal pipeline. All commands use it.
 """
 
 from birefnet.inference.arguments import add_model_arguments, model_options

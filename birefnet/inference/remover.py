@@ -1,13 +1,12 @@
-"""The background-removal pipeline on its device, ready to run."""
+"""Builds the background-removal pipeline on its device."""
 
 from birefnet import repository_folder
 from birefnet.errors import CommandError, UsageError
 from birefnet.hub.load import load_variant
-from birefnet.hub.variants import get_variant
-from birefnet.inference.loading import collector_at_rest, load_model
+from birefnet.inference.loading import garbage_collection_paused, load_model
 
 
-@collector_at_rest()
+@garbage_collection_paused()
 def load_remover(
     model: str | None = None,
     variant: str | None = None,
@@ -21,33 +20,34 @@ def load_remover(
     Loads a model and its processor, and builds the background-removal pipeline from them.
 
     Args:
-        model: a folder, a Hub repository or a file of weights; by default the embedded weights.
-        variant: the name of a published checkpoint, instead of `model`.
-        device: `"auto"` takes the machine's accelerator if it has one, else the CPU.
+        model: A folder, a Hub repository or a weights file. Default: the embedded weights.
+        variant: Name of a published checkpoint, instead of `model`.
+        device: A device, or `"auto"`: the machine's accelerator if there is one, else the CPU.
         dtype: `"float32"`, `"float16"`, `"bfloat16"`, `"int8"` (CPUs only) or `"auto"`, the exact one for the device.
-        resolution: what the network sees: (height, width) in pixels, `"dynamic"`, or the processor's own.
+        resolution: Input size of the network: (height, width) in pixels, or `"dynamic"`. Default: the processor's.
         batch_size: photos per network call. int8 takes photos one by one.
 
     Returns:
         `BiRefNetPipeline`
 
     Raises:
-        CommandError: the model cannot be loaded, or the device does not exist or cannot do what is asked.
+        CommandError: The model cannot be loaded, or the device does not exist or does not support the dtype.
     """
-    import torch  # here, since these imports take seconds
+    import torch  # imported here, because these imports take seconds
     from transformers.utils.logging import disable_progress_bar
 
     from birefnet.repository.pipeline_birefnet import BiRefNetPipeline
 
     disable_progress_bar()
     if variant and model:
-        raise UsageError("--variant and --model contradict each other")
+        raise UsageError("use either --variant or --model, not both")
     device = find_device(device)
-    weights_dtype = _weights_dtype(dtype, device, batch_size, get_variant(variant).parameters if variant else 0)
+    weights_dtype = _weights_dtype(dtype, device, batch_size)
     source = str(variant or model or repository_folder())
     try:
         if variant:
-            network, processor = load_variant(variant, device, getattr(torch, weights_dtype))
+            chosen = None if dtype == "auto" else getattr(torch, weights_dtype)
+            network, processor = load_variant(variant, device, chosen)
         else:
             network, processor = load_model(source, weights_dtype)
     except (OSError, ValueError, RuntimeError) as error:
@@ -62,10 +62,10 @@ def load_remover(
 
 def find_device(name: str):
     """
-    The named device. `"auto"` is the machine's accelerator if it has one, else the CPU.
+    Returns the named device. `"auto"` is the machine's accelerator if there is one, else the CPU.
 
     Raises:
-        UsageError: this machine has no such device.
+        UsageError: This machine does not have the device.
     """
     import torch
 
@@ -77,14 +77,14 @@ def find_device(name: str):
         raise UsageError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
 
 
-def _weights_dtype(dtype: str, device, batch_size: int, parameters: int) -> str:
+def _weights_dtype(dtype: str, device, batch_size: int) -> str:
     """The dtype to load the weights in. An int8 model keeps the faster floating-point dtype between its products."""
     import torch
 
     from birefnet.repository.hardware_birefnet import compute_plan
 
     if dtype == "auto":
-        return str(compute_plan(device, parameters=parameters).storage).removeprefix("torch.")
+        return str(compute_plan(device).storage).removeprefix("torch.")
     if dtype != "int8":
         return dtype
     from birefnet.inference.quantization import obstacle

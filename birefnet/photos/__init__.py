@@ -1,10 +1,10 @@
-"""Photos in and pictures out: finding files, decoding them, encoding results and writing them whole.
+"""Photo files: finding them, decoding them, encoding results and writing them atomically.
 
-Every command reads and writes pictures through this package. It needs Pillow only, not torch.
+All commands read and write pictures through this package. It needs Pillow and NumPy, but not torch.
 """
 
 from birefnet.photos.finding import PHOTO_SUFFIXES, STANDARD_STREAM, PhotoSource, find_photos
-from birefnet.photos.reading import DecodedPhoto, read_photo
+from birefnet.photos.reading import DecodedPhoto, check_photo, read_photo
 from birefnet.photos.writing import OUTPUT_SUFFIXES, encode_picture, write_whole
 
 
@@ -14,6 +14,7 @@ __all__ = [
     "STANDARD_STREAM",
     "DecodedPhoto",
     "PhotoSource",
+    "check_photo",
     "encode_picture",
     "find_photos",
     "read_photo",

@@ -1,54 +1,64 @@
-"""Which photos the user means: files, folders, glob patterns and standard input. Without torch."""
+"""Finding the photos that the user named: files, folders, glob patterns, URLs and standard input."""
 
 import glob
 import os
-from dataclasses import dataclass
+import posixpath
+from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 
 STANDARD_STREAM = "-"
 
 
-# What a folder is searched for. A file that is named explicitly is tried whatever it is called.
+# Folders are searched for these suffixes. A file that the user names explicitly may have any suffix.
 PHOTO_SUFFIXES = (
-    *(".avif", ".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
+    *(".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".hif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
     *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
 )
 
 
 @dataclass(frozen=True)
 class PhotoSource:
-    """A photo to read. `relative` is the path below the output folder (suffix not yet replaced)."""
+    """
+    A photo to read: a file (`path`), a download (`url`), or standard input (neither).
 
-    path: Path | None  # None: standard input
+    `relative` is the path of its result below the output folder, before the suffix is replaced. `content` holds the
+    encoded photo where it was read already.
+    """
+
+    path: Path | None
     relative: Path
+    url: str | None = None
+    content: bytes | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
-        return STANDARD_STREAM if self.path is None else str(self.path)
+        """The photo in messages."""
+        return self.url or (STANDARD_STREAM if self.path is None else str(self.path))
 
 
 def find_photos(
     arguments: list[str], excluded_folder: Path | None = None
 ) -> tuple[list[PhotoSource], list[tuple[str, str]]]:
     """
-    Expands files, folders (searched recursively), glob patterns and `-` into photos, each once, in the given order.
+    Expands files, folders (searched recursively), glob patterns, URLs and `-` into photos.
 
     Args:
-        arguments: what the user named.
-        excluded_folder: a folder below the searched ones that holds results, not photos.
+        arguments: the user's arguments.
+        excluded_folder: a folder that is not searched, since it holds the results.
 
     Returns:
-        The photos, and each argument that leads to none with the reason.
+        The photos, each once and in the given order, and each argument without a photo with the reason.
     """
     photos: dict[str, PhotoSource] = {}
     problems = []
     for argument in arguments:
         found = list(_expand(argument, excluded_folder))
         if not found:
-            problems.append((argument, _why_nothing(argument)))
+            problems.append((argument, _reason_for_nothing(argument)))
         for photo in found:
-            photos.setdefault(STANDARD_STREAM if photo.path is None else os.path.abspath(photo.path), photo)
+            photos.setdefault(photo.name if photo.path is None else os.path.abspath(photo.path), photo)
     return list(photos.values()), problems
 
 
@@ -56,6 +66,8 @@ def _expand(argument: str, excluded_folder: Path | None):
     path = Path(argument)
     if argument == STANDARD_STREAM:
         yield PhotoSource(None, Path("stdin"))
+    elif is_url(argument):
+        yield PhotoSource(None, _name_in_url(argument), url=argument)
     elif path.is_dir():
         yield from _walk(path, path, excluded_folder)
     elif path.exists() or not glob.has_magic(argument):  # a missing file is reported when it is read
@@ -65,6 +77,17 @@ def _expand(argument: str, excluded_folder: Path | None):
         for match in sorted(glob.glob(argument, recursive=True)):
             if os.path.isfile(match) and _is_photo(match):
                 yield PhotoSource(Path(match), Path(match).relative_to(base))
+
+
+def is_url(argument: str) -> bool:
+    """Whether an argument names a photo on the web. A scheme other than http and https is refused when it is read."""
+    return "://" in argument and not os.path.exists(argument)
+
+
+def _name_in_url(url: str) -> Path:
+    """The file name in a URL; `download` where it has none."""
+    name = posixpath.basename(unquote(urlsplit(url).path)).replace("\\", "_").replace("\0", "_")
+    return Path(name if name not in ("", ".", "..") else "download")
 
 
 def _walk(folder: Path, base: Path, excluded_folder: Path | None):
@@ -82,7 +105,7 @@ def _walk(folder: Path, base: Path, excluded_folder: Path | None):
 
 
 def _is_photo(name: str) -> bool:
-    # Hidden files are thumbnails and macOS's "._photo.jpg", which hold no photo.
+    # Hidden files are skipped: they are thumbnails, or macOS's "._photo.jpg" without a photo.
     return os.path.splitext(name)[1].lower() in PHOTO_SUFFIXES and not os.path.basename(name).startswith(".")
 
 
@@ -95,7 +118,7 @@ def _folder_before_wildcards(pattern: Path) -> Path:
     return Path(*parts)
 
 
-def _why_nothing(argument: str) -> str:
+def _reason_for_nothing(argument: str) -> str:
     if os.path.isdir(argument):
-        return f"no photo in this folder (looked for {' '.join(PHOTO_SUFFIXES)})"
+        return f"no photo in this folder (searched for {' '.join(PHOTO_SUFFIXES)})"
     return "no photo matches this pattern"

@@ -1,74 +1,87 @@
-"""Decoding photos: upright, in their own colours, or an error that says what is wrong. Without torch."""
+"""Decoding the photos that a command found. Does not need torch."""
 
-import io
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image
 
 from birefnet.photos.finding import PhotoSource
+from birefnet.repository.photo_birefnet import download, opened, result_info, upright
+
+
+DOWNLOAD_TIMEOUT = 60  # seconds
 
 
 @dataclass
 class DecodedPhoto:
-    """An upright photo in its own mode, and what a result should take over from it."""
+    """An upright photo in its own mode. Its `info` may hold an ICC profile and a resolution."""
 
     image: Image.Image
-    size: tuple[int, int]  # (width, height); larger than the image's own after a draft decoding
-    encoder_options: dict  # ICC profile and print resolution, for `encode_picture`
+    size: tuple[int, int]  # (width, height) of the full photo, also when it was decoded at reduced size
+    had_16_bits: bool = False  # whether the file has 16 bits per channel, of which Pillow keeps 8
+
+    @property
+    def encoder_options(self) -> dict:
+        """The ICC profile and resolution that a result takes over, for `encode_picture`."""
+        has_rgb_profile = self.image.mode in ("RGB", "RGBA", "P", "PA")
+        return result_info(self.image, "RGB" if has_rgb_profile else "L")
 
 
 def read_photo(source: PhotoSource, sufficient_side: int | None = None) -> DecodedPhoto:
     """
-    Decodes a photo, turns it upright as its EXIF orientation says.
+    Decodes a photo and applies its EXIF orientation.
 
     Args:
         source: the photo.
-        sufficient_side: width and height in pixels from which on no more detail is needed. A JPEG is then decoded at
-            1/2, 1/4 or 1/8 of its size where that still reaches them, which takes a fraction of the time.
+        sufficient_side: width and height in pixels that are sufficient. A JPEG is then decoded at 1/2, 1/4 or 1/8 of
+            its size where both sides stay at least as large, which takes a fraction of the time.
 
     Raises:
-        OSError, ValueError: the file cannot be read, or holds no whole picture.
+        OSError, ValueError: the file cannot be read, or does not hold a whole picture.
     """
-    encoded = io.BytesIO(sys.stdin.buffer.read()) if source.path is None else source.path
-    if isinstance(encoded, io.BytesIO) and not encoded.getbuffer().nbytes:
+    with opened(_encoded(source)) as image:
+        size, had_16_bits = _upright_size(image), _has_16_bits(image)
+        if sufficient_side is not None:
+            image.draft(None, (sufficient_side, sufficient_side))
+        return DecodedPhoto(upright(image), size, had_16_bits)
+
+
+def check_photo(source: PhotoSource) -> PhotoSource:
+    """
+    Opens a photo without decoding its pixels, which takes about a millisecond.
+
+    Returns:
+        The source. Standard input and downloads are replaced by their content, since they can be read only once.
+
+    Raises:
+        OSError, ValueError: as for [`read_photo`], as far as the file's header shows it.
+    """
+    encoded = _encoded(source)
+    with opened(encoded):
+        pass
+    return source if source.path is not None else replace(source, content=encoded)
+
+
+def _encoded(source: PhotoSource):
+    """The photo's path or its encoded bytes."""
+    if source.content is not None:
+        return source.content
+    if source.url is not None:
+        return download(source.url, timeout=DOWNLOAD_TIMEOUT)
+    if source.path is not None:
+        return source.path
+    encoded = sys.stdin.buffer.read()
+    if not encoded:
         raise ValueError("standard input is empty")
-    try:
-        with Image.open(encoded) as image:
-            return _decode(image, sufficient_side)
-    except Image.UnidentifiedImageError:
-        raise ValueError("not a picture that Pillow can read (empty, corrupt, or of another kind)") from None
-    except Image.DecompressionBombError:
-        raise ValueError(
-            f"its header claims more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, which is taken for an attack"
-        ) from None
-    except (SyntaxError, EOFError) as error:  # what some of Pillow's decoders raise on damaged data
-        raise ValueError(f"damaged picture ({error})") from None
-
-
-def _decode(image: Image.Image, sufficient_side: int | None) -> DecodedPhoto:
-    upright_size = _upright_size(image)
-    if sufficient_side is not None:
-        image.draft(None, (sufficient_side, sufficient_side))
-    encoder_options = {key: image.info[key] for key in ("icc_profile", "dpi") if image.info.get(key)}
-    if not all(0 < value < 1e6 for value in encoder_options.get("dpi", ())):  # such as a fraction by zero
-        del encoder_options["dpi"]
-    image.load()  # some metadata of a PNG stands behind its pixels
-    image = ImageOps.exif_transpose(image)
-    if image.mode not in ("RGB", "RGBA", "P", "PA", "1") and "icc_profile" in encoder_options:
-        # A profile describes the mode that it came with: a CMYK or gray one must not be written into an RGB result.
-        image = _to_srgb(image, encoder_options.pop("icc_profile"))
-    return DecodedPhoto(image, upright_size, encoder_options)
+    return encoded
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
-    """(width, height) of the full picture once its EXIF orientation is applied; 5 to 8 are the quarter turns."""
+    """(width, height) after the EXIF orientation is applied. Orientations 5 to 8 swap both."""
     swapped = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
     return (image.height, image.width) if swapped else image.size
 
 
-def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    try:
-        return ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError):  # a damaged profile, or one of another mode
-        return image
+def _has_16_bits(image: Image.Image) -> bool:
+    """Whether a picture that is not decoded yet has 16 bits per channel. Its mode tells that for gray ones only."""
+    return image.mode.startswith("I") or any(";16" in str(tile) for tile in getattr(image, "tile", ()))

@@ -1,4 +1,4 @@
-"""Encoding results and writing them whole or not at all. Without torch."""
+"""Encoding results and writing files atomically. Does not need torch."""
 
 import io
 import os
@@ -9,22 +9,32 @@ from pathlib import Path
 
 from PIL import Image
 
+from birefnet.repository.photo_birefnet import result_info
+
 
 OUTPUT_SUFFIXES = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
 
 
-# Chosen by the table in benchmarks/README.md.
+# Chosen by measurement, see the table in benchmarks/README.md.
 PNG_LEVEL = 1
 
 
 ENCODER_OPTIONS = {"webp": {"lossless": True, "quality": 20, "method": 0}, "jpeg": {"quality": 95, "subsampling": 0}}
 
 
-def encode_picture(picture: Image.Image, picture_format: str, encoder_options: dict) -> bytes:
+def encode_picture(picture: Image.Image, picture_format: str, encoder_options: dict | None = None) -> bytes:
     """
-    Encodes a result. Colours under fully transparent pixels are cleared: what was cut away must not be recoverable
-    from the file, and the file becomes half as large.
+    Encodes a result.
+
+    Clears the colours under fully transparent pixels, so that the background cannot be recovered from the file. This
+    also halves the file's size.
+
+    Args:
+        picture: mode L, RGB or RGBA.
+        picture_format: `"png"`, `"webp"` or `"jpeg"`.
+        encoder_options: `icc_profile` and `dpi` of the file. Defaults to those in the picture's `info`.
     """
+    encoder_options = result_info(picture) if encoder_options is None else encoder_options
     if picture.mode == "RGBA":
         visible = picture.getchannel("A").point([0] + [1] * 255, "1")
         picture = Image.composite(picture, Image.new("RGBA", picture.size), visible)
@@ -41,14 +51,16 @@ def _encode_png(
     picture: Image.Image, icc_profile: bytes | None = None, dpi: tuple[float, float] | None = None
 ) -> bytes:
     """
-    A PNG of mode L, RGB or RGBA (https://www.w3.org/TR/png-3/): as small as Pillow's at this level in half the time,
-    which Pillow spends on trying all five filters on every row. Here every row is its difference to the row above.
+    Encodes a PNG of mode L, RGB or RGBA (https://www.w3.org/TR/png-3/).
+
+    Files are as small as Pillow's at this level and take half the time. Pillow tries all five filters on every row;
+    here every row uses the filter "up", the difference to the row above.
     """
-    import numpy as np  # not at the top: `birefnet --help` has to answer at once
+    import numpy as np
 
     rows = np.asarray(picture).reshape(picture.height, -1)
     filtered = np.empty((rows.shape[0], rows.shape[1] + 1), np.uint8)
-    filtered[:, 0] = 2  # the filter "up"
+    filtered[:, 0] = 2  # the number of the filter "up"
     filtered[0, 1:] = rows[0]
     np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])  # modulo 256
     colour_type = {"L": 0, "RGB": 2, "RGBA": 6}[picture.mode]
@@ -66,10 +78,10 @@ def _encode_png(
 
 def write_whole(content: bytes, destination: Path) -> None:
     """
-    Writes a file so that at every moment `destination` is either as before or complete, creating its folder.
+    Writes a file atomically: `destination` is unchanged until the new file is complete. Creates its folder.
 
     Raises:
-        OSError: the folder or the file cannot be written. Nothing is left behind.
+        OSError: the folder or the file cannot be written. No partial file remains.
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
     partial = destination.with_name(f".birefnet-{uuid.uuid4().hex}.partial")

@@ -1,4 +1,4 @@
-"""birefnet cutout from end to end, on a tiny network: the pictures that go wrong, and that no other one suffers."""
+"""birefnet cutout end to end with a tiny network. A bad photo must not affect the others."""
 
 import io
 import json
@@ -62,7 +62,7 @@ def load_and_watch(*arguments, **options):
 cutout.load_remover = load_and_watch
 sys.exit(command_line.main(sys.argv[1:]))
 """
-# What is installed with the extras and costs from a tenth of a second to seconds, and no cut-out needs.
+# Modules of the extras that take a tenth of a second to seconds to import and that no cut-out needs.
 UNNEEDED = {
     *("cv2", "datasets", "kornia", "matplotlib", "onnxruntime", "pandas", "peft", "py_sod_metrics", "pyarrow"),
     *("skimage", "sklearn", "tensorboard", "torchao", "torchaudio"),
@@ -141,16 +141,16 @@ def test_bad_photos_are_reported_and_the_rest_is_cut_out(cutout, photos, tmp_pat
         assert report["error"] is None and tuple(report["size"]) == size and report["seconds"] > 0
         with Image.open(report["output"]) as result:
             assert result.size == size and result.mode == "RGBA" and result.format == "PNG"
-            assert not result.getexif(), "turned upright, so that the tag would turn it once more"
+            assert not result.getexif(), "the result is upright, so the tag would rotate it again"
     for name in BAD:
         assert by_name[name]["error"] and by_name[name]["output"] is None
         assert f"birefnet cutout: {photos / name}: " in captured.err
     assert written(out) == sorted(os.path.splitext(name)[0] + ".png" for name in GOOD)
-    assert "8 cut out, 0 kept as they were, 4 failed" in captured.err
-    assert "it/s" not in captured.err and "photo/s" not in captured.err, "no progress bar but on a terminal"
+    assert "8 cut out, 0 existing results kept, 4 failed" in captured.err
+    assert "it/s" not in captured.err and "photo/s" not in captured.err, "no progress bar without a terminal"
 
 
-def test_results_are_kept_unless_told_otherwise(cutout, tmp_path, capfd):
+def test_existing_results_are_kept_by_default(cutout, tmp_path, capfd):
     draw(40, 30).save(tmp_path / "a.png")
     result = tmp_path / "a-cutout.png"
     assert cutout(tmp_path / "a.png") == 0
@@ -244,7 +244,7 @@ def test_a_read_only_output_folder_is_reported(cutout, tmp_path, capfd):
     [
         (["--resolution", "1000"], "multiples of 32"),
         (["--resolution", "64x64x64"], "multiples of 32"),
-        (["--batch-size", "0"], "whole number from 1"),
+        (["--batch-size", "0"], "integer of at least 1"),
         (["--threshold", "1.5"], "number from 0 to 1"),
         (["--feather", "-1"], "number from 0"),
         (["--format", "bmp"], "invalid choice"),
@@ -263,11 +263,11 @@ def test_wrong_arguments_are_usage_errors_and_write_nothing(tmp_path, capfd, arg
     assert written(tmp_path) == ["a.png"]
 
 
-def test_a_model_that_is_not_there_is_one_line(tmp_path, capfd):
+def test_a_missing_model_is_reported_in_one_line(tmp_path, capfd):
     draw(40, 30).save(tmp_path / "a.png")
     assert main(["cutout", str(tmp_path / "a.png"), "--model", str(tmp_path / "nowhere"), "--device", "cpu"]) == 1
     error = capfd.readouterr().err
-    assert "nowhere is no file, folder, variant or repository" in error and len(error.splitlines()) == 1
+    assert "nowhere is not a file, a folder, a variant or a Hub repository" in error and len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -286,7 +286,7 @@ def test_a_faster_dtype_is_suggested_where_there_is_one(dtype, device, faster, s
 
 
 def test_only_what_is_needed_is_imported_before_the_network(tiny_model_folder, tmp_path):
-    """And nothing is compiled, nor does the garbage collector look through what the imports have made."""
+    """Also, nothing is compiled, and the garbage collector does not scan the imported objects."""
     draw(40, 30).save(tmp_path / "a.png")
     command = [sys.executable, "-c", UP_TO_THE_NETWORK, "cutout", tmp_path / "a.png", "--model", tiny_model_folder]
     process = subprocess.run(
@@ -299,7 +299,7 @@ def test_only_what_is_needed_is_imported_before_the_network(tiny_model_folder, t
     assert process.returncode == 0, process.stderr
     found = json.loads(process.stdout)
     modules = set(found["modules"])
-    assert {"torch", "timm", "birefnet.repository.modeling_birefnet"} <= modules  # else the list says nothing
+    assert {"torch", "timm", "birefnet.repository.modeling_birefnet"} <= modules  # the list is complete
     assert not modules & UNNEEDED
     assert not [name for name in modules if re.match(r"transformers\.models\.(?!auto\.)\w+\.(modeling|image)_", name)]
     assert not [name for name in modules if re.match(r"transformers\.pipelines\.(?!base|pt_utils)", name)]
@@ -307,7 +307,7 @@ def test_only_what_is_needed_is_imported_before_the_network(tiny_model_folder, t
     assert found["collector_runs"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a pipe's size, which holds the command up, is set on Linux only")
+@pytest.mark.skipif(sys.platform != "linux", reason="the size of a pipe can be set on Linux only")
 def test_ctrl_c_leaves_whole_results_only(tiny_model_folder, tmp_path):
     import fcntl  # which Windows lacks
 
@@ -322,11 +322,11 @@ def test_ctrl_c_leaves_whole_results_only(tiny_model_folder, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        # Tests that a script started in the background ignore the signal, and so would the command.
+        # A script in the background ignores the signal, and its child processes inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
-        # The pipe holds some of the results' names: the command waits for us and cannot have ended before the signal.
+        # The small pipe blocks the command after some names, so it cannot end before the signal.
         fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)
         for _ in range(3):
             assert process.stdout.readline().startswith(str(out))

@@ -1,4 +1,4 @@
-"""birefnet.cutout.jobs: which photo goes where, before any work."""
+"""birefnet.cutout.jobs: output files are assigned before any work."""
 
 import os
 from pathlib import Path
@@ -24,7 +24,7 @@ def make(*names):
 
 
 def plan(*arguments):
-    """The planned outputs by input, and the settled reports by input."""
+    """The outputs and the reports of planning, both by input."""
     jobs, reports = plan_jobs(build_parser("cutout").parse_args(["cutout", *arguments]))
     outputs = {job.source.name: None if job.output is None else str(job.output) for job in jobs}
     return outputs, {report.input: report for report in reports}
@@ -66,12 +66,12 @@ def test_an_output_folder_inside_the_searched_one_is_left_out(folder):
 @pytest.mark.parametrize(
     ("output", "result"), [("x.png", "x.png"), ("x.webp", "x.webp"), ("new.d", "new.d/a.png"), ("x/", "x/a.png")]
 )
-def test_an_output_with_a_picture_suffix_is_a_file_else_a_folder(folder, output, result):
+def test_an_output_with_a_picture_suffix_is_a_file(folder, output, result):
     make("a.jpg")
     assert plan("a.jpg", "-o", output)[0] == {"a.jpg": result}
 
 
-def test_existing_results_are_kept_unless_told_otherwise(folder):
+def test_existing_results_are_kept_by_default(folder):
     make("a.jpg", "out/a.png")
     outputs, reports = plan("a.jpg", "-o", "out")
     assert not outputs and reports["a.jpg"].kept and reports["a.jpg"].error is None
@@ -97,7 +97,11 @@ def test_two_photos_with_one_result_are_detected(folder):
     make("a.jpg", "a.png", "in/a.jpg")
     outputs, reports = plan("a.jpg", "a.png", "in/a.jpg", "-o", "out")
     assert outputs == {"a.jpg": "out/a.png"}
-    assert reports["a.png"].error == reports["in/a.jpg"].error == "its result out/a.png is already that of a.jpg"
+    assert (
+        reports["a.png"].error
+        == reports["in/a.jpg"].error
+        == "its result out/a.png would overwrite the result of a.jpg"
+    )
 
 
 def test_standard_input_and_output(folder):
@@ -114,11 +118,11 @@ def test_standard_input_and_output(folder):
         (["a.jpg", "-o", "x.png", "--format", "webp"], "contradict"),
         (["a.jpg", "-o", "x.jpg"], "no transparency"),
         (["a.jpg", "--format", "jpeg"], "no transparency"),
-        (["-", "--json"], "cannot both go to standard output"),
-        (["-", "a.jpg"], "need -o"),
+        (["-", "--json"], "cannot both use standard output"),
+        (["-", "a.jpg"], "name a folder"),
     ],
 )
-def test_outputs_that_cannot_be_served_are_usage_errors(folder, arguments, message):
+def test_impossible_outputs_are_usage_errors(folder, arguments, message):
     make("a.jpg", "b.jpg")
     with pytest.raises(UsageError, match=message):
         plan(*arguments)

@@ -1,4 +1,4 @@
-"""birefnet.cutout.stages: order, bounds and the containment of errors, with a pipeline that only pretends."""
+"""birefnet.cutout.stages: order, bounds and isolation of errors, with a fake pipeline."""
 
 import signal
 import threading
@@ -17,8 +17,8 @@ from birefnet.cutout.stages import cut_out_photos
 from birefnet.photos.finding import PhotoSource
 
 
-class PretendedRemover:
-    """Takes photos as `BiRefNetPipeline` does; its network refuses batches with a photo of one given width."""
+class FakeRemover:
+    """Has the stages of `BiRefNetPipeline`. Its network fails on batches with a photo of `refused_width`."""
 
     def __init__(self, refused_width=None, device="cpu"):
         self.device = torch.device(device)
@@ -51,7 +51,7 @@ def make_jobs(folder, count):
 
 
 def test_photos_are_batched_reported_in_order_and_written(tmp_path):
-    remover = PretendedRemover()
+    remover = FakeRemover()
     reports = list(cut_out_photos(make_jobs(tmp_path, 5), remover, batch_size=2, picture_format="png"))
     assert sorted(remover.batches) == [[1, 2], [3, 4], [5]]
     assert [report.size for report in reports] == [(width, 5) for width in range(1, 6)]
@@ -61,7 +61,7 @@ def test_photos_are_batched_reported_in_order_and_written(tmp_path):
 
 
 @pytest.mark.parametrize("device, count, networks", [("cpu", 1, 1), ("cpu", 5, 2), ("cuda", 5, 1)])
-def test_stages_have_threads_of_their_own_which_share_the_cores(tmp_path, monkeypatch, device, count, networks):
+def test_each_stage_has_its_own_threads(tmp_path, monkeypatch, device, count, networks):
     def watched(stage, method):
         def call(*given, **options):
             now.append(stage)
@@ -73,7 +73,7 @@ def test_stages_have_threads_of_their_own_which_share_the_cores(tmp_path, monkey
 
         return call
 
-    remover, now, threads, most = PretendedRemover(device=device), [], {}, {"at once": 0}
+    remover, now, threads, most = FakeRemover(device=device), [], {}, {"at once": 0}
     for stage in ("preprocess", "forward", "postprocess"):
         monkeypatch.setattr(remover, stage, watched(stage, getattr(remover, stage)))
     before = torch.get_num_threads()
@@ -90,11 +90,11 @@ def test_stages_have_threads_of_their_own_which_share_the_cores(tmp_path, monkey
     assert threading.get_ident() not in set.union(*identities)
 
 
-def test_bad_photos_and_failing_batches_cost_no_other_photo(tmp_path):
+def test_bad_photos_and_failing_batches_do_not_affect_other_photos(tmp_path):
     jobs = make_jobs(tmp_path, 6)
     (tmp_path / "1.png").write_bytes(b"no picture")
     (tmp_path / "5.png").unlink()
-    remover = PretendedRemover(refused_width=3)
+    remover = FakeRemover(refused_width=3)
     reports = list(cut_out_photos(jobs, remover, batch_size=4, picture_format="png"))
     assert sorted(remover.batches) == [[2], [2, 3, 4], [3], [4], [6]]
     assert [report.error is None for report in reports] == [False, True, False, True, False, True]
@@ -103,20 +103,20 @@ def test_bad_photos_and_failing_batches_cost_no_other_photo(tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["2.png", "4.png", "6.png"]
 
 
-def test_a_result_that_appears_meanwhile_is_kept(tmp_path):
+def test_a_result_that_appears_later_is_kept(tmp_path):
     jobs = make_jobs(tmp_path, 1)
     jobs[0].output.parent.mkdir()
     jobs[0].output.write_bytes(b"somebody else's")
-    [report] = cut_out_photos(jobs, PretendedRemover(), batch_size=1, picture_format="png")
+    [report] = cut_out_photos(jobs, FakeRemover(), batch_size=1, picture_format="png")
     assert report.kept and jobs[0].output.read_bytes() == b"somebody else's"
-    [report] = cut_out_photos(jobs, PretendedRemover(), batch_size=1, picture_format="png", overwrite=True)
+    [report] = cut_out_photos(jobs, FakeRemover(), batch_size=1, picture_format="png", overwrite=True)
     assert not report.kept and Image.open(jobs[0].output).size == (1, 5)
 
 
 def test_an_unwritable_folder_is_reported(tmp_path):
     jobs = make_jobs(tmp_path, 1)
     (tmp_path / "out").write_text("a file where the folder should be")
-    [report] = cut_out_photos(jobs, PretendedRemover(), batch_size=1, picture_format="png")
+    [report] = cut_out_photos(jobs, FakeRemover(), batch_size=1, picture_format="png")
     assert "File exists" in report.error and str(tmp_path / "out") in report.error
 
 
@@ -124,14 +124,12 @@ def test_masks_take_large_jpegs_at_reduced_size_and_cut_outs_at_full(tmp_path):
     Image.new("RGB", (1600, 1200)).save(tmp_path / "a.jpg")
     for return_mask, expected in ((True, (200, 150)), (False, (1600, 1200))):
         job = Job(PhotoSource(tmp_path / "a.jpg", Path("a.jpg")), tmp_path / f"{return_mask}.png")
-        [report] = cut_out_photos(
-            [job], PretendedRemover(), batch_size=1, picture_format="png", return_mask=return_mask
-        )
+        [report] = cut_out_photos([job], FakeRemover(), batch_size=1, picture_format="png", return_mask=return_mask)
         assert report.size == (1600, 1200)
-        assert Image.open(report.output).size == expected, "the pretended matte has the size of what it saw"
+        assert Image.open(report.output).size == expected, "the fake matte has the size of the decoded photo"
 
 
-def test_bounded_map_keeps_order_and_never_runs_further_ahead():
+def test_bounded_map_keeps_order_and_the_bound():
     started, taken = [], 0
 
     def work(number):
@@ -147,7 +145,7 @@ def test_bounded_map_keeps_order_and_never_runs_further_ahead():
     assert taken == 40
 
 
-def test_bounded_map_yields_what_is_ready_without_waiting_for_more():
+def test_bounded_map_yields_finished_results_at_once():
     with ThreadPoolExecutor(1) as executor:
         drawn = []
 
@@ -162,7 +160,7 @@ def test_bounded_map_yields_what_is_ready_without_waiting_for_more():
 
 
 def test_an_interruption_stops_the_threads(tmp_path):
-    remover = PretendedRemover()
+    remover = FakeRemover()
     reports = cut_out_photos(make_jobs(tmp_path, 20), remover, batch_size=1, picture_format="png")
     next(reports)
     with pytest.raises(KeyboardInterrupt):
@@ -174,7 +172,7 @@ def test_an_interruption_stops_the_threads(tmp_path):
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="this system cannot send a signal to a thread")
 def test_ctrl_c_ends_a_running_network_at_its_next_layer(tmp_path, monkeypatch):
-    remover, layer, layers_run = PretendedRemover(), torch.nn.Identity(), []
+    remover, layer, layers_run = FakeRemover(), torch.nn.Identity(), []
 
     def slow_network(items):
         for number in range(1000):
@@ -185,7 +183,7 @@ def test_ctrl_c_ends_a_running_network_at_its_next_layer(tmp_path, monkeypatch):
         return items
 
     monkeypatch.setattr(remover, "forward", slow_network)
-    # Tests that a script started in the background ignore the signal.
+    # A script in the background ignores the signal.
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""`birefnet evaluate` on drawn pictures: what it measures, what it writes, what it does with bad pairs."""
+"""`birefnet evaluate` on drawn pictures: measures, files, bad pairs."""
 
 import csv
 import hashlib
@@ -22,7 +22,7 @@ SIZES = [(64, 48), (48, 64), (80, 56), (64, 64), (56, 40)]
 
 
 def draw_pair(index: int) -> tuple[Image.Image, Image.Image]:
-    """A photo of an ellipse before a plain background, and its mask."""
+    """A photo of an ellipse in front of a plain background, and its mask."""
     width, height = SIZES[index % len(SIZES)]
     box = (width // 4, height // 5, width // 4 + width // 2, height // 5 + height // 2)
     photo, mask = Image.new("RGB", (width, height), (40, 90, 40 + 20 * index)), Image.new("L", (width, height))
@@ -152,7 +152,7 @@ def test_baselines(data, tmp_path):
     shares = [np.mean(np.asarray(draw_pair(index)[1]) > 128) for index in range(5)]
     assert found["foreground"]["measures"]["MAE"] == pytest.approx(1 - np.mean(shares))
     assert found["foreground"]["measures"]["IoU"] == pytest.approx(np.mean(shares))
-    # All masks are the same ellipse relative to their pictures, so their mean is nearly each of them.
+    # All masks show the same ellipse relative to their size, so the mean mask is close to each of them.
     assert found["mean-mask"]["measures"]["IoU"] > 0.9
     assert found["mean-mask"]["model"] == {
         "name": "baseline: mean mask of data",
@@ -200,12 +200,12 @@ def test_undefined_measures_are_empty_and_null(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give one of"),
-        (["a", "--predictions", "b", "--ground-truth", "c"], "give one of"),
-        (["--predictions", "b"], "belong together"),
-        (["--update-card", "README.md"], "belong together"),
-        (["a", "--baseline", "mean-mask:"], "neither foreground nor mean-mask:DATA"),
-        (["a", "--baseline", "foreground", "--model", "m"], "without --model"),
+        ([], "use one of"),
+        (["a", "--predictions", "b", "--ground-truth", "c"], "use one of"),
+        (["--predictions", "b"], "need each other"),
+        (["--update-card", "README.md"], "need each other"),
+        (["a", "--baseline", "mean-mask:"], "must be foreground or mean-mask:DATA"),
+        (["a", "--baseline", "foreground", "--model", "m"], "excludes --model"),
         (["a", "--workers", "0"], "at least 1"),
         (["a", "--curves", "c.jpg"], "must end in .png"),
     ],
@@ -229,7 +229,7 @@ def test_nothing_is_written_where_no_pair_can_be_used(data, tmp_path, capsys):
 
 
 def test_a_model_is_measured_and_described(tiny_model_folder, data, tmp_path):
-    """The numbers do not depend on the batch size; the result says what was measured, and not where it lies."""
+    """The measures do not depend on the batch size. The result names the data and contains no path."""
     results = []
     for batch_size in (1, 3):
         file = tmp_path / f"{batch_size}.json"

@@ -1,4 +1,4 @@
-"""The measures against the published evaluation's numbers, and the own ones against slow, plain versions."""
+"""Measures compared with the published evaluation's numbers and with slow, simple implementations."""
 
 import json
 import math
@@ -45,7 +45,7 @@ def test_reproduces_the_published_evaluation(name, reference_pairs):
 
 
 def test_human_correction_effort_does_not_stretch_the_matte(reference_pairs):
-    """`noise` reaches 59 of 255, nothing of it is foreground; py-sod-metrics stretches it and finds 385."""
+    """`noise` has values up to 59 of 255, so nothing is foreground. py-sod-metrics stretches it and returns 385."""
     import py_sod_metrics
 
     calculator = py_sod_metrics.HumanCorrectionEffortMeasure()
@@ -73,7 +73,7 @@ def test_a_perfect_matte_gets_the_best_values():
 
 
 def within_ellipse(radius: int) -> list[tuple[int, int]]:
-    """Offsets (row, column) inside OpenCV's elliptical kernel: each row reaches as far as the circle, rounded."""
+    """Offsets (row, column) inside OpenCV's elliptical kernel. Each row ends at the rounded circle."""
     return [
         (row, column)
         for row in range(-radius, radius + 1)
@@ -154,7 +154,7 @@ def plain_gradient_error(matte, mask):
 
 
 def largest_region(above):
-    """The set of pixels of the largest 4-connected region, found by walking."""
+    """The set of pixels of the largest 4-connected region, by flood fill."""
     left = {(row, column) for row, column in np.argwhere(above)}
     largest = set()
     for start in sorted(left):
@@ -223,7 +223,7 @@ def test_own_measures_equal_slow_plain_versions(seed):
 
 @pytest.mark.parametrize("size", [(150, 170), (40, 1100)])
 def test_mean_boundary_accuracy_equals_its_plain_version(size):
-    """Sides that sum to more than 300, so that the radii differ."""
+    """Width + height is above 300, so the radii differ."""
     matte, mask = drawn_pair(3, *size)
     accuracy = metrics.MeanBoundaryAccuracy()
     accuracy.step(matte, mask)

@@ -1,4 +1,4 @@
-"""Conversion of checkpoints of every form, in both directions, and the exact form of the published files."""
+"""Conversion of all kinds of checkpoints, in both directions, and the exact form of official files."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
 from ..conftest import TINY_CONFIG
 
 
-# Of the published networks' names, shapes and dtypes, one "name shape dtype" per line, sorted.
+# Hashes of the official networks' tensors: one "name shape dtype" per line, sorted.
 MANIFESTS = {
     "swin_v1_l": "a657e3cfbf4b901eec2e2534098246f189ef1ac15370af8d2cdc7076937534da",
     "swin_v1_t": "1832dd50b365b30eda6d4488912388e93da3275f347d2152c91aea8c4482b224",
@@ -75,7 +75,7 @@ def logits(model):
 
 
 def test_a_distributed_and_compiled_half_precision_checkpoint_becomes_a_complete_folder(lite, tmp_path, capsys):
-    # As the releases of 2025: every tensor halved, the index buffers too, with both prefixes and some buffers lacking.
+    # As the releases of 2025: all tensors in half precision, index buffers too, both prefixes, some buffers missing.
     foreign = {f"module._orig_mod.{key}": value.half() for key, value in lite.items()}
     foreign.pop("module._orig_mod.bb.layers.0.blocks.0.attn.relative_position_index")
     foreign.pop("module._orig_mod.decoder.decoder_block1.bn_in.num_batches_tracked")
@@ -92,7 +92,7 @@ def test_a_distributed_and_compiled_half_precision_checkpoint_becomes_a_complete
     converted = load_file(out / "model.safetensors")
     assert converted.keys() == lite.keys()
     assert all(torch.equal(converted[key], lite[key]) and converted[key].dtype == lite[key].dtype for key in lite)
-    # Back: for ComfyUI's native node, and the published code. Strict loading needs these names and dtypes.
+    # Back into the official form, for ComfyUI's native node and the published code, which load strictly.
     assert main(["convert", str(out), str(tmp_path / "birefnet.safetensors"), "--to-official"]) == 0
     assert (tmp_path / "birefnet.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
     assert main(["convert", str(out), str(tmp_path / "birefnet.pth"), "--to-official", "--dtype", "float32"]) == 0
@@ -108,7 +108,7 @@ def test_official_folders_lead_to_the_published_code(lite, tmp_path):
     config = json.loads((tmp_path / "official/config.json").read_text())
     assert config == official_config("swin_v1_t")
     assert config["auto_map"]["AutoModelForImageSegmentation"] == "ZhengPeng7/BiRefNet_lite--birefnet.BiRefNet"
-    # And such a folder, whose configuration names no network, converts again.
+    # Such a folder converts again, although its configuration does not describe the network.
     assert main(["convert", str(tmp_path / "official"), str(tmp_path / "again"), "--dtype", "bfloat16"]) == 0
     assert json.loads((tmp_path / "again/config.json").read_text())["backbone"] == "swin_v1_t"
     weights = load_file(tmp_path / "again/model.safetensors")
@@ -133,18 +133,18 @@ def test_an_own_folder_keeps_its_configuration_and_processor(tiny_model_folder, 
     assert torch.allclose(logits(model), logits(original), atol=0.1)
 
 
-# The layout of before 2 May 2024
+# The layout from before 2 May 2024
 
 
 class NoGate(nn.Module):
-    """The output of the old network's first stage passes no gate: one that is wide open."""
+    """The old network has no gate after its first stage, which equals a gate of 1."""
 
     def forward(self, features):
         return torch.full_like(features[:, :1], torch.inf)
 
 
 def old_network(config, seed):
-    """Today's network cut down to the old one, with random weights and statistics, and its state dict."""
+    """The present network reduced to the old one, with random weights and statistics, and its state dict."""
     torch.manual_seed(seed)
     model = BiRefNetForImageSegmentation(config).eval()
     blocks = [model.squeeze_module[0], *(getattr(model.decoder, f"decoder_block{stage}") for stage in (4, 3, 2, 1))]
@@ -202,7 +202,7 @@ def test_converting_an_old_file_of_the_lite_size_tells_its_backbone(lite, tmp_pa
     assert all(converted[key].shape == lite[key].shape for key in lite)
 
 
-# What cannot be converted
+# Sources that cannot be converted
 
 
 @pytest.mark.parametrize(
@@ -221,9 +221,9 @@ def test_a_bad_file_is_refused_and_nothing_is_written(contents, words, tmp_path,
 
 def test_missing_and_additional_weights_are_named(lite, tmp_path, capsys):
     wrong = {key: value for key, value in lite.items() if key != "decoder.conv_out1.0.weight"}
-    with pytest.raises(ValueError, match=r"1 missing weights, the first is decoder\.conv_out1\.0\.weight"):
+    with pytest.raises(ValueError, match=r"1 missing weights; the first one is decoder\.conv_out1\.0\.weight"):
         model_from_state_dict(build_config({"backbone": "swin_v1_t"}), wrong)
-    with pytest.raises(ValueError, match=r"1 unexpected weights, the first is spare"):
+    with pytest.raises(ValueError, match=r"1 unexpected weights; the first one is spare"):
         model_from_state_dict(build_config({"backbone": "swin_v1_t"}), {**lite, "spare": torch.zeros(1)})
 
 
@@ -231,16 +231,16 @@ def test_results_are_never_overwritten(tiny_model_folder, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.txt").write_text("mine")
     assert main(["convert", str(tiny_model_folder), str(tmp_path / "out")]) == 1
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
 
 
 @pytest.mark.parametrize(
     ("source", "out", "code", "words"),
     [
-        ("nowhere.pth", "out", 1, "nowhere.pth is no file, folder, variant or repository on the Hub"),
-        ("empty", "out", 1, "empty needs one file of weights; it has none"),
-        ("empty", "out.safetensors", 2, "a complete conversion is a folder. Single files: --to-official"),
+        ("nowhere.pth", "out", 1, "nowhere.pth is not a file, a folder, a variant or a Hub repository"),
+        ("empty", "out", 1, "empty must contain one weights file, but it contains none"),
+        ("empty", "out.safetensors", 2, "the result is a folder; --to-official writes single files"),
     ],
 )
 def test_wrong_arguments_are_explained(source, out, code, words, tmp_path, capsys, monkeypatch):

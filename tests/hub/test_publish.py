@@ -1,4 +1,4 @@
-"""Publishing to a Hub on the loopback, and what users download from it."""
+"""Publishing to a local Hub, and downloading from it as users do."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ def weights(tiny_model_folder):
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory, weights):
-    """A folder of official files, all of them the small model's."""
+    """A folder of official files. All contain the same small model."""
     folder = tmp_path_factory.mktemp("checkpoints")
     (folder / "model.safetensors").symlink_to(weights)
     return folder
@@ -49,7 +49,7 @@ def hub(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """Where the client keeps the folders that it builds, by the repository's name."""
+    """The folder for the repositories that the client builds, by name."""
     return tmp_path_factory.mktemp("built")
 
 
@@ -71,7 +71,7 @@ def publish(name, repository):
 
 @pytest.fixture
 def repository(request, hub):
-    """A name for the test's own repository; faults of earlier tests are over."""
+    """A repository name for this test. Removes the faults of earlier tests."""
     hub.faults.clear()
     return "me/" + re.sub(r"\W+", "-", request.node.name)[-60:].strip("-")
 
@@ -116,11 +116,11 @@ def test_a_dry_run_builds_and_verifies_but_uploads_nothing(hub, tmp_path, weight
     assert report["files"] == sizes and sizes["model.safetensors"] == weights.stat().st_size
 
     assert main(["publish", "portrait", "--repo", "me/rehearsal", *options]) == 1
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def assert_downloads(hub, tmp_path, repository, weights):
-    """A stranger's program, which does not know this package, loads the repository and cuts out a picture."""
+    """A program without this package loads the repository and cuts out a picture."""
     draw_picture().save(tmp_path / "photo.png")
     program = """
 import sys
@@ -172,7 +172,7 @@ def test_a_version_with_other_contents_is_refused(hub, client, built, repository
     client.run(f"publish('lite', {repository!r})")
     (built / repository / "README.md").write_text("---\nlicense: mit\n---\nanother")
     message = client.fail(f"publish('lite', {repository!r})")
-    assert f"CommandError: {repository} has {TAG} already, with other contents (README.md)" in message
+    assert f"CommandError: {repository} already has {TAG} with other contents (README.md)" in message
     assert len(commits(hub, repository)) == 2
 
 
@@ -204,7 +204,12 @@ def test_an_interrupted_publish_is_finished_by_the_next(fault, hub, client, repo
 
 @pytest.mark.parametrize(
     ("status", "words"),
-    [(401, "run 'hf auth login'"), (403, "may write there"), (409, "publish again"), (412, "publish again")],
+    [
+        (401, "run 'hf auth login'"),
+        (403, "may write to the repository"),
+        (409, "publish again"),
+        (412, "publish again"),
+    ],
 )
 def test_what_the_hub_refuses_is_explained(status, words, hub, client, repository):
     hub.faults.append(Fault("POST .*/commit", status=status))
@@ -215,7 +220,7 @@ def test_somebody_elses_commit_meanwhile_is_not_overwritten(hub, client, built, 
     client.run(f"publish('lite', {repository!r})")
     hub.repositories[repository].tags.clear()
     (built / repository / "README.md").write_text("---\nlicense: mit\n---\nanother")
-    # What is read as the head before the upload is no longer the head when it commits.
+    # The branch moves between reading its head and the commit.
     client.run("from types import SimpleNamespace\nfrom huggingface_hub import HfApi\nreal = HfApi.model_info")
     client.run("HfApi.model_info = lambda *arguments, **named: SimpleNamespace(sha=40 * '0')")
     message = client.fail(f"publish('lite', {repository!r})")
@@ -250,12 +255,12 @@ def test_all_means_the_sixteen_under_one_owner_and_goes_on_after_a_failure(capsy
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--repo", "me"], "name one variant, or give --all"),
-        (["lite", "--all", "--repo", "me"], "name one variant, or give --all"),
-        (["--all", "--repo", "me/all"], "--all needs the owner alone"),
+        (["--repo", "me"], "name one variant or use --all"),
+        (["lite", "--all", "--repo", "me"], "name one variant or use --all"),
+        (["--all", "--repo", "me/all"], "with --all, --repo is the owner only"),
         (["ultra", "--repo", "me/ultra"], "no variant 'ultra'"),
         (["RMBG-2.0", "--repo", "me/RMBG"], "CC BY-NC 4.0"),
-        (["LayerD", "--repo", "me/LayerD"], "not established"),
+        (["LayerD", "--repo", "me/LayerD"], "unknown"),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_is_done(arguments, words, capsys):
@@ -271,10 +276,10 @@ def test_a_folder_that_computes_something_else_is_not_published(tiny_model_folde
     there = run_in_fresh_process(tmp_path, picture)
     assert compare_results(tmp_path, there, model, processor, picture) <= 1e-3
 
-    with pytest.raises(CommandError, match=r"brings a picture to \(1, 3, 1024, 1024\) instead of \(1, 3, 64, 64\)"):
+    with pytest.raises(CommandError, match=r"resizes a picture to \(1, 3, 1024, 1024\) instead of \(1, 3, 64, 64\)"):
         compare_results(tmp_path, there, model, build_processor({"size": {"height": 64, "width": 64}}), picture)
     model.decoder.conv_out1[0].bias.data += 1
-    with pytest.raises(CommandError, match="gives another matte in a fresh process"):
+    with pytest.raises(CommandError, match="differs by .* in a fresh process"):
         compare_results(tmp_path, there, model, processor, picture)
     (tmp_path / "decoder_birefnet.py").unlink()
     with pytest.raises(CommandError, match="does not load in a fresh process"):
@@ -302,7 +307,7 @@ def test_cards_carry_the_published_metrics_and_facts(variant):
         assert fact is None or fact in card
     assert all(widget["src"].startswith("https://") for widget in metadata["widget"])
     if variant.training_sets is None:
-        assert "Training sets: not established" in card
+        assert "Training sets: unknown" in card
 
 
 def test_unknown_licences_stay_unknown_and_the_caveat_is_told():
@@ -316,7 +321,7 @@ def test_unknown_licences_stay_unknown_and_the_caveat_is_told():
 
 @pytest.fixture(scope="module")
 def handler(tiny_model_folder, tmp_path_factory):
-    """The handler as the service makes it: the file of the folder, run as a module of its own."""
+    """The handler as the service creates it: the folder's file, run as a separate module."""
     import importlib.util
     import shutil
 

@@ -1,4 +1,4 @@
-"""The table of checkpoints, and fetching them from a Hub on the loopback."""
+"""The table of checkpoints, and downloading them from a local Hub."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from birefnet.hub.download import fetch_checkpoint
 from birefnet.hub.folders import official_config, write_weights
 from birefnet.hub.load import load_variant
 from birefnet.hub.publish import draw_picture
-from birefnet.hub.variants import KINDS, VARIANTS, choose_variant, get_variant, readme_rows
+from birefnet.hub.variants import KINDS, VARIANTS, choose_variant, get_variant, variants_table
 from birefnet.hub.verification import compute_matte
 from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
 
@@ -40,7 +40,7 @@ DTYPES = {"float16": "fp16", "float32": "fp32"}
 
 @pytest.fixture(scope="module")
 def published():
-    """The established facts by repository, as collected from public sources; `null` is unknown."""
+    """The known facts by repository, collected from public sources. `null` means unknown."""
     return json.loads((ROOT / "tests/fixtures/published_variants.json").read_text())
 
 
@@ -103,7 +103,7 @@ def test_names_aliases_and_repositories_lead_to_the_variant(text, name):
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"no variant 'ultra'; there are general, lite, .*LayerD"):
+    with pytest.raises(ValueError, match=r"no variant 'ultra'\. The variants are general, lite, .*LayerD"):
         get_variant("ultra")
 
 
@@ -148,14 +148,14 @@ def test_the_command_prints_the_whole_table(capsys):
     assert entries == expected
 
 
-def test_the_readme_has_the_table():
-    rows = readme_rows().splitlines()[2:]
+def test_the_documentation_has_the_table():
+    rows = variants_table().splitlines()[2:]
     assert [row.split("`")[1] for row in rows] == list(VARIANTS)
-    # After a change of the table: python -c "from birefnet.hub.variants import readme_rows; print(readme_rows())"
-    assert readme_rows() in (ROOT / "README.md").read_text()
+    # To update: python -c "from birefnet.hub.variants import variants_table; print(variants_table())"
+    assert variants_table() in (ROOT / "docs/choosing-a-variant.md").read_text()
 
 
-# The loopback Hub: every variant's repository holds one small model, with the table told so.
+# The local Hub. Every variant's repository contains the same small model, and the table is patched to expect it.
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,7 @@ def hub(tmp_path_factory, tiny_model_folder):
 def client(hub, tmp_path_factory, tiny_model_folder):
     client = HubClient(hub.environment(tmp_path_factory.mktemp("home")))
     client.run(stand_in_program(tiny_model_folder / "model.safetensors"))
-    # The one that its authors published as a file of torch.save, with the prefixes of distributed, compiled training.
+    # Its authors published a torch.save file with the prefixes of distributed, compiled training.
     client.run("VARIANTS['ToonOut'] = dataclasses.replace(VARIANTS['ToonOut'], bytes=None, sha256=None)")
     yield client
     client.close()
@@ -197,7 +197,7 @@ def no_faults_left(request):
 
 
 def stand_in_program(weights):
-    """Statements that make the table describe a small model's file instead of the published ones."""
+    """Statements that patch the table to describe a small model's file instead of the published files."""
     from birefnet.hub.download import _sha256
 
     return f"""
@@ -243,7 +243,7 @@ def test_a_connection_cut_again_and_again_leaves_nothing_behind(hub, client, cac
     hub.faults.append(Fault("GET /lfs-files", cut_after=0, times=100))
     message = client.fail(fetch("lite", cache))
     client.run("time.sleep = sleep")
-    assert "lite (ZhengPeng7/BiRefNet_lite) could not be fetched completely" in message
+    assert "lite (ZhengPeng7/BiRefNet_lite) could not be downloaded completely" in message
     assert cached_files(cache) == []
 
 
@@ -271,7 +271,7 @@ def test_another_file_than_the_published_one_is_refused(hub, client, cache):
         message = client.fail(fetch("HRSOD", cache))
     finally:
         files["model.safetensors"] = published
-    assert "is cut short: it has 7,000 bytes, HRSOD has" in message
+    assert "is incomplete: it has 7,000 bytes, HRSOD has" in message
     assert cached_files(cache) == []
 
 
@@ -279,11 +279,11 @@ def test_another_file_than_the_published_one_is_refused(hub, client, cache):
     ("status", "code", "words"),
     [
         (404, "RepoNotFound", "was not found, or needs a login: run 'hf auth login'"),
-        (404, "RevisionNotFound", "has lost the revision that is known of it"),
-        (404, "EntryNotFound", "lacks the file of weights"),
-        (401, None, "the Hub does not know your token; run 'hf auth login'"),
-        (403, None, "is not in the cache, and the Hub did not give it (403 Forbidden"),
-        (500, None, "is not in the cache, and the Hub did not give it (Server error '500"),
+        (404, "RevisionNotFound", "the revision in the table no longer exists"),
+        (404, "EntryNotFound", "the repository has no such weights file"),
+        (401, None, "the Hub rejected your token; run 'hf auth login'"),
+        (403, None, "is not in the cache, and the download failed (403 Forbidden"),
+        (500, None, "is not in the cache, and the download failed (Server error '500"),
     ],
 )
 def test_what_the_hub_refuses_is_explained(hub, client, cache, status, code, words):
@@ -344,7 +344,7 @@ def test_a_local_folder_is_used_and_never_changed(client, tmp_path, cache, tiny_
     assert client.run(fetch("COD", cache, folder=str(folder))) == str(folder / "model.safetensors")
 
     (folder / "model.safetensors").write_bytes(b"short")
-    assert "is cut short" in client.fail(fetch("COD", cache, folder=str(folder)))
+    assert "is incomplete" in client.fail(fetch("COD", cache, folder=str(folder)))
     assert (folder / "model.safetensors").read_bytes() == b"short"
     assert "is not in the folder" in client.fail(fetch("COD", cache, folder=str(tmp_path / "nowhere")))
 
@@ -414,7 +414,7 @@ def test_the_published_file_is_what_the_table_says_and_cuts_out(name, live_hub):
 
 
 def command(hub, home, *arguments, program, **environment):
-    """Runs the console command in a fresh process whose Hub is the loopback one, with stand-ins in the table."""
+    """Runs the console command in a fresh process with the local Hub and the patched table."""
     program += "\nimport sys\nfrom birefnet.command_line import main\nsys.exit(main(sys.argv[1:]))"
     return subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],

@@ -1,5 +1,6 @@
 """README.md and docs/*.md: their Python runs, their commands parse, their links lead somewhere."""
 
+import importlib.util
 import json
 import os
 import re
@@ -238,6 +239,18 @@ def test_relative_links_lead_somewhere(path):
 
 def test_the_card_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+
+
+def test_the_cards_speed_table_is_the_one_of_the_measurements():
+    """After an edit of the table in docs/performance.md: python benchmarks/card.py"""
+    spec = importlib.util.spec_from_file_location("card", ROOT / "benchmarks" / "card.py")
+    card = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(card)
+    rows = card.read_table(card.between_markers(card.SOURCE.read_text(encoding="utf-8")))
+    expected = card.write_table(rows, card.CARD_COLUMNS)
+    assert card.between_markers(card.CARD.read_text(encoding="utf-8")) == expected
+    bars = [bar.get_width() for panel in card.draw(rows).axes for bar in panel.patches]
+    assert sorted(bars) == sorted(float(row["seconds"]) for row in rows)
 
 
 def test_files_and_classes_of_the_architecture_exist():

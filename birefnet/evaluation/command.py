@@ -42,6 +42,7 @@ from birefnet.evaluation.report import (
     write_curves,
     write_json,
 )
+from birefnet.evaluation.video import add_video_arguments, run_video_evaluation
 from birefnet.inference.arguments import add_model_arguments, model_options
 from birefnet.inference.remover import load_remover
 
@@ -58,6 +59,7 @@ examples:
   birefnet evaluate --predictions masks/ --ground-truth gt/
   birefnet evaluate validation.parquet --baseline foreground
   birefnet evaluate validation.parquet --baseline mean-mask:train.parquet
+  birefnet evaluate --video clips/ --no-stabilize             # clips with true mattes, frame by frame
   birefnet evaluate --update-card README.md --results result.json baseline.json
 
 With --predictions, masks of another size than their ground truth are resized to it (bilinear), as in the published
@@ -128,6 +130,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=f"{FOREGROUND}|{MEAN_MASK}DATA",
         help="measure a constant prediction instead of a model: all foreground, or the mean mask of training data",
     )
+    add_video_arguments(parser.add_argument_group("clips"))
     output = parser.add_argument_group("output")
     output.add_argument("--json", type=Path, metavar="FILE", help="write the result: measures, curves, settings")
     output.add_argument("--csv", type=Path, metavar="FILE", help="write the measures of every picture")
@@ -156,6 +159,8 @@ def run(arguments: argparse.Namespace) -> int:
 
             update_cards(arguments.update_card, arguments.results)
             return 0
+        if arguments.video:
+            return run_video_evaluation(arguments)
         metrics.require_libraries()
         return run_evaluation(arguments)
     except (ImportError, ValueError, OSError) as error:

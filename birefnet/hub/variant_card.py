@@ -54,12 +54,12 @@ remover("photo.jpg").save("subject.png")
 Or with the model itself:
 
 ```python
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoModelForImageSegmentation
 
 model = AutoModelForImageSegmentation.from_pretrained("{repository}", trust_remote_code=True, dtype=dtype).to(device)
 processor = AutoImageProcessor.from_pretrained("{repository}", trust_remote_code=True)
-photo = Image.open("photo.jpg").convert("RGB")
+photo = ImageOps.exif_transpose(Image.open("photo.jpg"))  # upright
 with torch.inference_mode():
     outputs = model(**processor(photo, return_tensors="pt").to(device))
 matte = processor.post_process_alpha_matte(outputs, target_sizes=[photo.size[::-1]])[0]  # (height, width) in [0, 1]

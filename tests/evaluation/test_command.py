@@ -200,12 +200,12 @@ def test_undefined_measures_are_empty_and_null(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give one of"),
-        (["a", "--predictions", "b", "--ground-truth", "c"], "give one of"),
+        ([], "use one of"),
+        (["a", "--predictions", "b", "--ground-truth", "c"], "use one of"),
         (["--predictions", "b"], "need each other"),
         (["--update-card", "README.md"], "need each other"),
         (["a", "--baseline", "mean-mask:"], "must be foreground or mean-mask:DATA"),
-        (["a", "--baseline", "foreground", "--model", "m"], "without --model"),
+        (["a", "--baseline", "foreground", "--model", "m"], "excludes --model"),
         (["a", "--workers", "0"], "at least 1"),
         (["a", "--curves", "c.jpg"], "must end in .png"),
     ],

@@ -1,0 +1,299 @@
+"""From a network to the program of another runtime, by the exporters of transformers."""
+
+import contextlib
+import logging
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+from birefnet.errors import CommandError
+
+
+# The first one with DeformConv in ONNX Runtime's newer kernel; all newer operators are left out.
+OPSET = 22
+
+# In steps of 32 pixels. One step would make maps of one pixel, which exporters take for constants.
+STEPS = (2, 128)
+
+# Computed in float32 also in float16 files: resizing multiplies pixel indices, and a deformable convolution adds them
+# to offsets. float16 has whole numbers only from 1024 on.
+KEPT_IN_FLOAT32 = ("DeformConv", "Resize")
+
+
+def import_extra(*names: str):
+    """
+    Imports optional modules.
+
+    Raises:
+        CommandError: one of them is not installed.
+    """
+    import importlib
+
+    try:
+        modules = [importlib.import_module(name) for name in names]
+    except ImportError as error:
+        raise CommandError(f"{error}. Exporting needs: pip install 'birefnet-transformers[export]'") from error
+    return modules[0] if len(modules) == 1 else modules
+
+
+def trace_onnx(model, pixel_values, dynamic_size: bool, dynamic_batch: bool):
+    """
+    The network as an ONNX graph: input `pixel_values` (B, 3, H, W), output `logits` (B, 1, H, W), both float32.
+
+    Args:
+        model (`BiRefNetForImageSegmentation`): in evaluation mode, float32, on the CPU.
+        pixel_values (`torch.Tensor`): an example, whose size is the program's unless `dynamic_size` is set.
+
+    Returns:
+        `onnx_ir.Model`
+    """
+    import_extra("onnx", "onnxscript", "onnxruntime")
+    exporters = import_extra("transformers.exporters.exporter_onnx")
+    config = exporters.OnnxConfig(opset_version=OPSET, **_dynamic_options(dynamic_size, dynamic_batch))
+    with _quiet(), _onnx_operators(model):
+        return exporters.OnnxExporter().export(model, {"pixel_values": pixel_values}, config).program
+
+
+def trace_openvino(model, pixel_values, dynamic_size: bool, dynamic_batch: bool):
+    """As [`trace_onnx`], as an `openvino.Model`."""
+    import_extra("openvino")
+    exporters = import_extra("transformers.exporters.exporter_openvino")
+    config = exporters.OpenVINOConfig(**_dynamic_options(dynamic_size, dynamic_batch))
+    with _quiet(), _plain_attention(model):
+        return exporters.OpenVINOExporter().export(model, {"pixel_values": pixel_values}, config).program
+
+
+def trace_torch(model, pixel_values, dynamic_size: bool, dynamic_batch: bool):
+    """As [`trace_onnx`], as a `torch.export.ExportedProgram`."""
+    exporters = import_extra("transformers.exporters.exporter_dynamo")
+    config = exporters.DynamoConfig(**_dynamic_options(dynamic_size, dynamic_batch))
+    with _quiet():
+        return exporters.DynamoExporter().export(model, {"pixel_values": pixel_values}, config).program
+
+
+def _dynamic_options(dynamic_size: bool, dynamic_batch: bool) -> dict:
+    from torch.export import Dim
+
+    axes = {}
+    if dynamic_batch:
+        axes[0] = Dim("batch", min=1, max=1024)
+    if dynamic_size:
+        lowest, highest = STEPS
+        axes[2] = 32 * Dim("height_steps", min=lowest, max=highest)
+        axes[3] = 32 * Dim("width_steps", min=lowest, max=highest)
+    if not axes:
+        return {}
+    return {"dynamic_shapes": {"pixel_values": axes}, "prefer_deferred_runtime_asserts_over_guards": True}
+
+
+@contextmanager
+def _quiet():
+    """Silences the exporters' progress reports; errors and our own messages still appear."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "transformers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(None):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def _plain_attention(model):
+    """Attention as matrix products and a softmax: decomposing PyTorch's fused operator changes its memory layout."""
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(implementation)
+
+
+@contextmanager
+def _onnx_operators(model):
+    """Plain attention, and deformable convolutions as ONNX's own operator."""
+    layers = [module for module in model.modules() if type(module).__name__ == "DeformableConvolution"]
+    with _plain_attention(model):
+        for layer in layers:
+            layer.operator = _onnx_deform_conv
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.operator
+
+
+def _onnx_deform_conv(hidden_states, offsets, modulator, weight, bias=None):
+    """The network's deformable convolution as ONNX DeformConv: 1.7 to 3 times as fast as GridSample or Gather there."""
+    import torch
+
+    side = weight.shape[-1]
+    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+    attributes = {"kernel_shape": [side, side], "pads": [side // 2] * 4, "strides": [1, 1], "dilations": [1, 1]}
+    return torch.onnx.ops.symbolic(
+        "DeformConv",
+        (hidden_states, weight, offsets, bias, 2 * torch.sigmoid(modulator)),
+        {**attributes, "group": 1, "offset_group": 1},
+        dtype=hidden_states.dtype,
+        shape=(hidden_states.shape[0], weight.shape[0], *hidden_states.shape[2:]),
+        version=OPSET,
+    )
+
+
+class OnnxProgram:
+    """
+    A network traced once, to be written in several dtypes.
+
+    Args:
+        model, pixel_values, dynamic_size, dynamic_batch: those of [`trace_onnx`].
+        folder (`Path`): where the files are written.
+    """
+
+    def __init__(self, model, pixel_values, dynamic_size: bool, dynamic_batch: bool, folder: Path):
+        self.exact = folder / "model.onnx"
+        write_onnx(trace_onnx(model, pixel_values, dynamic_size, dynamic_batch), self.exact)
+
+    def write(self, dtype: str, name: str) -> Path:
+        """Writes the file of a dtype under this name and returns its path."""
+        path = self.exact.with_name(name)
+        if dtype == "float16":
+            write_onnx_float16(self.exact, path)
+        elif dtype == "int8":
+            write_onnx_int8(self.exact, path)
+        return path
+
+
+class OpenVINOProgram:
+    """As [`OnnxProgram`], for OpenVINO. In float16 the weights are halved; OpenVINO computes as the processor does."""
+
+    def __init__(self, model, pixel_values, dynamic_size: bool, dynamic_batch: bool, folder: Path):
+        self.folder = folder
+        self.program = trace_openvino(model, pixel_values, dynamic_size, dynamic_batch)
+
+    def write(self, dtype: str, name: str) -> Path:
+        import openvino
+
+        openvino.save_model(self.program, str(self.folder / name), compress_to_fp16=dtype == "float16")
+        return self.folder / name
+
+
+class TorchProgram:
+    """As [`OnnxProgram`], for `torch.export.load`."""
+
+    def __init__(self, model, pixel_values, dynamic_size: bool, dynamic_batch: bool, folder: Path):
+        self.folder = folder
+        self.program = trace_torch(model, pixel_values, dynamic_size, dynamic_batch)
+
+    def write(self, dtype: str, name: str) -> Path:
+        import torch
+
+        torch.export.save(self.program, str(self.folder / name))
+        return self.folder / name
+
+
+PROGRAMS = {"onnx": OnnxProgram, "openvino": OpenVINOProgram, "torch": TorchProgram}
+
+
+def write_onnx(program, path: Path) -> None:
+    """
+    Writes a graph with all constants computed, as one file; weights beyond 1.9 GB go to `NAME.onnx_data` beside it,
+    where transformers.js looks for them.
+
+    What a network derives from its parameters (normalised convolutions, windows' indices) is computed once by ONNX
+    Runtime's basic optimisations, which use standard operators only.
+    """
+    import tempfile
+
+    import onnx
+    import onnx_ir
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        traced, folded = Path(scratch, "traced.onnx"), Path(scratch, "folded.onnx")
+        onnx_ir.save(program, str(traced), external_data="traced.onnx_data")
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.optimized_model_filepath = str(folded)
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "folded.data")
+        options.log_severity_level = 3
+        onnxruntime.InferenceSession(str(traced), options, providers=["CPUExecutionProvider"])
+        graph = onnx.load(str(folded))
+    used = {node.domain for node in graph.graph.node}
+    kept = [entry for entry in graph.opset_import if entry.domain in used | {""}]
+    del graph.opset_import[:]
+    graph.opset_import.extend(kept)
+    del graph.metadata_props[:]
+    save_onnx(graph, path)
+
+
+def save_onnx(graph, path: Path) -> None:
+    """Writes an `onnx.ModelProto`; see [`write_onnx`]."""
+    import onnx
+
+    is_large = graph.ByteSize() > 1.9e9
+    location = {"save_as_external_data": True, "location": f"{path.name}_data"} if is_large else {}
+    onnx.save(graph, str(path), **location)
+
+
+def write_onnx_float16(source: Path, path: Path) -> None:
+    """Writes a float32 file's weights and arithmetic in float16. Input and output stay float32."""
+    import onnx
+    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+
+    blocked = sorted({*DEFAULT_OP_BLOCK_LIST, *KEPT_IN_FLOAT32})
+    graph = onnx.load(str(source))
+    with _quiet():
+        graph = convert_float_to_float16(graph, keep_io_types=True, op_block_list=blocked)
+    save_onnx(graph, path)
+
+
+def write_onnx_int8(source: Path, path: Path) -> None:
+    """
+    Writes a float32 file's weights in int8, one scale for each output channel. Matrix products and convolutions round
+    their inputs at runtime, so nothing has to be calibrated; deformable convolutions compute in float32.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with _quiet():
+        quantize_dynamic(
+            str(source),
+            str(path),
+            op_types_to_quantize=["MatMul", "Gemm", "Conv"],
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            use_external_data_format=source.with_name(f"{source.name}_data").exists(),
+        )
+    graph = onnx.load(str(path))
+    round_deformable_weights(graph)
+    save_onnx(graph, path)
+
+
+def round_deformable_weights(graph) -> None:
+    """
+    Stores the weights of an `onnx.ModelProto`'s deformable convolutions in int8. Runtimes restore them when they load
+    the file, as no runtime computes this operator in int8.
+    """
+    import numpy as np
+    from onnx import helper, numpy_helper
+
+    weights = {tensor.name: tensor for tensor in graph.graph.initializer}
+    nodes = []
+    for node in graph.graph.node:
+        if node.op_type == "DeformConv" and node.input[1] in weights:
+            tensor = weights[node.input[1]]
+            values = numpy_helper.to_array(tensor)  # (out, C, k, k)
+            scale = np.maximum(np.abs(values).reshape(len(values), -1).max(axis=1), 1e-30) / 127
+            levels = np.round(values / scale.reshape(-1, 1, 1, 1)).astype(np.int8)
+            graph.graph.initializer.remove(tensor)
+            names = [f"{tensor.name}_quantized", f"{tensor.name}_scale"]
+            for name, array in zip(names, (levels, scale.astype(np.float32)), strict=True):
+                graph.graph.initializer.append(numpy_helper.from_array(array, name))
+            nodes.append(helper.make_node("DequantizeLinear", names, [tensor.name], axis=0))
+        nodes.append(node)
+    del graph.graph.node[:]
+    graph.graph.node.extend(nodes)

@@ -145,7 +145,9 @@ def test_wheel_in_a_clean_environment_finds_the_embedded_weights(tmp_path, photo
 def test_the_oldest_constraints_are_the_lower_bounds():
     if not (ROOT / "constraints-oldest.txt").is_file():
         pytest.skip("needs the checkout")
-    constraints = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "constraints-oldest.txt").read_text(), re.MULTILINE))
+    constraints = dict(
+        re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "constraints-oldest.txt").read_text(), re.MULTILINE)
+    )
     bounds = re.findall(r'"([\w-]+)>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
     bounds = {name.replace("-", "_"): version for name, version in bounds}
     constraints = {name.replace("-", "_"): version for name, version in constraints.items()}

@@ -113,7 +113,7 @@ async def _background_of(server: Server, fields: RemoveBackground, form: Form) -
         return None
     if fields.bg_color:
         raise RequestError("bg_color and a background picture contradict each other.", "invalid_parameters")
-    return decode_photo(await photo_of(server, file, None, fields.bg_image_url), server.limits).image
+    return decode_photo(await photo_of(server, file, None, fields.bg_image_url), server.limits)
 
 
 def model_for(subject: str, shelf: ModelShelf) -> str:

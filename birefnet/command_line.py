@@ -16,6 +16,7 @@ from birefnet.errors import CommandError
 
 COMMANDS = {
     "cutout": ("birefnet.cutout.command", "cut the subjects out of photos"),
+    "batch": ("birefnet.batch.command", "cut out millions of photos, resumable, on one machine or a Ray cluster"),
     "video": ("birefnet.video.command", "cut the subjects out of clips, steady from frame to frame"),
     "train": ("birefnet.training.command", "train or fine-tune on your own photos and masks"),
     "draw": ("birefnet.data.drawn_scenes", "draw training pairs with thin parts and gaps, exact masks included"),

@@ -96,6 +96,6 @@ def decode_photo(encoded: bytes, limits: Limits) -> DecodedPhoto:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return read_photo(PhotoSource(io.BytesIO(encoded), Path("upload")))
+            return read_photo(PhotoSource(None, Path("upload"), content=encoded))
     except (OSError, ValueError, MemoryError) as error:
         raise InvalidPhotoError(f"The picture is damaged ({error}).") from None

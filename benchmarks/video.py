@@ -23,6 +23,7 @@ from birefnet.inference import load_remover
 from birefnet.video.clips import clip_from
 from birefnet.video.stabilization import Stabilizer
 from birefnet.video.stages import Options, write_clip
+from birefnet.video.writing import FORMATS
 
 
 SIDES = (512, 1024)
@@ -52,9 +53,10 @@ def networks(times: int) -> None:
             print(f"| {name} | {dtype} | {' | '.join(cells)} |", flush=True)
 
 
-def whole_way(path: str, frames: int) -> None:
+def whole_way(path: str, frames: int, side: int) -> None:
     """Prints frames per second of the network alone and from clip to clip."""
-    remover = load_remover()
+    remover = load_remover(resolution=(side, side))
+    print(f"embedded weights at {side}², {frames} frames")
     with clip_from(path) as clip:
         photos = [frame.photo for frame, _ in zip(clip.frames(), range(frames), strict=False)]
         items = [remover.preprocess(photo) for photo in photos]
@@ -76,7 +78,7 @@ def whole_way(path: str, frames: int) -> None:
             for kind, background in (("h264", (255, 255, 255)), ("webm", None), ("prores", None)):
                 start = time.perf_counter()
                 options = Options(format=kind, background=background, end=end)
-                count = write_clip(clip, Path(folder) / f"out.{kind}", remover, options)
+                count = write_clip(clip, Path(folder) / f"out{FORMATS[kind].suffix}", remover, options)
                 rate = count / (time.perf_counter() - start)
                 print(f"clip to {kind}: {rate:.2f} frames per second, {rate / alone:.0%} of the network alone")
 
@@ -113,7 +115,8 @@ def main():
     parser.add_argument("--times", type=int, default=2, help="calls of each network that are timed")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    whole_way(arguments.clip, arguments.frames)
+    whole_way(arguments.clip, arguments.frames, 448)
+    whole_way(arguments.clip, arguments.frames // 2, 1024)
     near_duplicates(arguments.clip)
     networks(arguments.times)
 

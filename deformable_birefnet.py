@@ -8,7 +8,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .hardware_birefnet import concatenate_tiles, prepack_weight, row_tiles
-from .layers_birefnet import convolve_and_normalize, fold_batch_norm
+from .layers_birefnet import RELU, convolve_and_normalize, fold_batch_norm
 
 
 # Size of the samples of one tile of rows on devices other than a CPU. It bounds the memory.
@@ -50,7 +50,7 @@ def deformable_convolution(
     out_channels, kernel_size = weight.shape[0], weight.shape[-1]
     taps = kernel_size**2
     pixels = F.pad(hidden_states.permute(0, 2, 3, 1), (0, 0, 2, 2, 2, 2)).view(-1, channels)  # two zeros on each side
-    apply_kernel = prepack_weight(weight.permute(0, 2, 3, 1).reshape(out_channels, taps * channels), bias)
+    apply_kernel = prepack_weight(weight.permute(0, 2, 3, 1).reshape(out_channels, -1), bias, like=hidden_states)
 
     def tile_by_tile() -> Iterator[torch.Tensor]:  # each (B, rows, W, out channels)
         images = 1 if torch.compiler.is_compiling() else batch  # a traced batch may be symbolic, a tile's size may not
@@ -177,8 +177,8 @@ class DeformableBranch(nn.Module):
     def forward(self, hidden_states: torch.Tensor, fusion: torch.Tensor) -> torch.Tensor:
         if self.bn.training:  # batch statistics need the whole map
             return F.conv2d(F.relu(self.bn(self.atrous_conv(hidden_states))), fusion)
-        weight, bias = fold_batch_norm(self.atrous_conv.regular_conv.weight, None, self.bn)
-        fuse = prepack_weight(fusion.flatten(1), None)
+        weight, bias = fold_batch_norm(self.atrous_conv.regular_conv.weight, None, self.bn, like=hidden_states)
+        fuse = prepack_weight(fusion.flatten(1), None, like=hidden_states)
         return self.atrous_conv(hidden_states, weight, bias=bias, epilogue=lambda tile: fuse(F.relu_(tile)))
 
 
@@ -194,7 +194,7 @@ class AtrousBranch(nn.Module):
         self.bn = nn.BatchNorm2d(out_channels)
 
     def forward(self, hidden_states: torch.Tensor, fusion: torch.Tensor) -> torch.Tensor:
-        return F.conv2d(F.relu(convolve_and_normalize([hidden_states], self.atrous_conv, self.bn)), fusion)
+        return F.conv2d(convolve_and_normalize([hidden_states], self.atrous_conv, self.bn, RELU), fusion)
 
 
 class AtrousSpatialPyramidPooling(nn.Module):

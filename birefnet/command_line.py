@@ -16,10 +16,12 @@ from birefnet.errors import CommandError
 
 COMMANDS = {
     "cutout": ("birefnet.cutout.command", "cut the subjects out of photos"),
+    "batch": ("birefnet.batch.command", "cut out millions of photos, resumable, on one machine or a Ray cluster"),
     "video": ("birefnet.video.command", "cut the subjects out of clips, steady from frame to frame"),
     "train": ("birefnet.training.command", "train or fine-tune on your own photos and masks"),
     "draw": ("birefnet.data.drawn_scenes", "draw training pairs with thin parts and gaps, exact masks included"),
     "evaluate": ("birefnet.evaluation.command", "measure a model, or a folder of masks, against ground truth"),
+    "serve": ("birefnet.serve.command", "a web page and HTTP APIs for cut-outs"),
     "variants": ("birefnet.hub.variants", "list the published checkpoints, and which one to take"),
     "convert": ("birefnet.hub.convert", "turn any BiRefNet checkpoint into a complete folder, or back"),
     "export": ("birefnet.export.command", "write ONNX, OpenVINO or torch.export files, checked against PyTorch"),

@@ -68,22 +68,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "NAME-mask.png next to the photo",
     )
     output.add_argument("--format", choices=["png", "webp", "jpeg"], help="default: from OUT's suffix, else png")
-    output.add_argument("--mask", action="store_true", help="write the soft mask alone (8-bit gray)")
-    output.add_argument(
+    add_picture_arguments(output)
+    output.add_argument("--overwrite", action="store_true", help="replace existing results (never a photo)")
+    output.add_argument("--json", action="store_true", help="print one JSON object per photo on stdout")
+    add_matte_arguments(parser.add_argument_group("mask edits, applied in this order"))
+    add_model_arguments(parser.add_argument_group("model"))
+
+
+def add_picture_arguments(group) -> None:
+    """Adds the arguments that choose the kind of picture: mask, cut-out or another background, and its colours."""
+    group.add_argument("--mask", action="store_true", help="write the soft mask alone (8-bit gray)")
+    group.add_argument(
         "--background",
         metavar="COLOUR|PICTURE",
         help="put the subject on a colour (white, #ff8800) or a picture, which is scaled to cover the photo",
     )
-    output.add_argument(
+    group.add_argument(
         "--srgb", action="store_true", help="convert photos with a colour profile to sRGB; default: keep the profile"
     )
-    output.add_argument("--overwrite", action="store_true", help="replace existing results (never a photo)")
-    output.add_argument("--json", action="store_true", help="print one JSON object per photo on stdout")
-    _add_matte_arguments(parser.add_argument_group("mask edits, applied in this order"))
-    add_model_arguments(parser.add_argument_group("model"))
 
 
-def _add_matte_arguments(group) -> None:
+def add_matte_arguments(group) -> None:
+    """Adds the edits of the matte, in the order in which they are applied."""
     group.add_argument(
         "--sensitivity",
         type=_fraction,
@@ -110,6 +116,19 @@ def _add_matte_arguments(group) -> None:
     )
 
 
+def picture_options(arguments: argparse.Namespace) -> dict:
+    """
+    The arguments of `add_picture_arguments` and `add_matte_arguments` as keyword arguments of `cut_out_photos`. Reads
+    a background picture, so that a wrong one is refused before the model is loaded.
+
+    Raises:
+        UsageError: the background is neither a colour nor a readable picture.
+    """
+    names = ("srgb", "refine_foreground", "sensitivity", "threshold", "grow", "feather", "invert")
+    options = {"return_mask": arguments.mask, "background": _read_background(arguments.background)}
+    return {**options, **{name: getattr(arguments, name) for name in names}}
+
+
 def _fraction(text: str) -> float:
     return _number(text, 0, 1)
 
@@ -132,7 +151,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs `birefnet cutout` and returns its exit code."""
     # Pillow warns from 90 megapixels on and refuses twice as many. Professional cameras reach the first limit.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-    background = _read_background(arguments.background)
+    options = picture_options(arguments)
     jobs, reports = plan_jobs(arguments)
     with _Reporter(arguments, total=len(jobs) + len(reports)) as reporter:
         jobs, unreadable = drop_unreadable(jobs)
@@ -148,15 +167,7 @@ def run(arguments: argparse.Namespace) -> int:
                 batch_size=arguments.batch_size,
                 picture_format=arguments.format,
                 overwrite=arguments.overwrite,
-                srgb=arguments.srgb,
-                return_mask=arguments.mask,
-                background=background,
-                refine_foreground=arguments.refine_foreground,
-                sensitivity=arguments.sensitivity,
-                threshold=arguments.threshold,
-                grow=arguments.grow,
-                feather=arguments.feather,
-                invert=arguments.invert,
+                **options,
             ):
                 reporter.add(report)
     return 1 if reporter.failed else 0
@@ -171,9 +182,12 @@ def _read_background(background: str | None):
 
 def _suggest_dtype(arguments: argparse.Namespace, model) -> None:
     """Suggests a faster dtype. Never switches silently, because it changes the results."""
-    from birefnet.inference.quantization import dtype_between
+    import torch
 
-    if arguments.dtype == "auto" and model.device.type == "cpu" and str(dtype_between()) == "torch.bfloat16":
+    from birefnet.repository.hardware_birefnet import compute_plan
+
+    computes_in_bfloat16 = compute_plan(model.device, torch.bfloat16).arithmetic == torch.bfloat16
+    if arguments.dtype == "auto" and model.device.type == "cpu" and computes_in_bfloat16:
         print(
             "birefnet cutout: --dtype bfloat16 is 1.5 to 2 times as fast on this machine; mattes change by 0.0005 to "
             "0.002 on average",

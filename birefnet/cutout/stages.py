@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 
+from PIL import Image
+
 from birefnet.concurrency import bounded_map
 from birefnet.cutout.jobs import Job, Report, in_one_line
 from birefnet.photos.reading import read_photo
@@ -41,9 +43,24 @@ def cut_out_photos(
         srgb: whether to convert photos with an ICC profile to sRGB.
         options: options of the pipeline's `postprocess`, such as `return_mask` and `background`.
     """
+    yield from run_stages(jobs, Stages(remover, picture_format, overwrite, srgb, options), batch_size)
+
+
+def run_stages(jobs: list, stages: "Stages", batch_size: int) -> Iterator:
+    """
+    Sends jobs through the stages, as `cut_out_photos` describes.
+
+    Args:
+        jobs: the arguments of `stages.decode`.
+        stages: a `Stages`, or a subclass that reads and writes elsewhere.
+        batch_size: photos per call of the network.
+
+    Yields:
+        What `stages.finish` returns for each job, in order.
+    """
     import torch  # takes a second; `birefnet cutout --help` imports this module, too
 
-    stages = _Stages(remover, picture_format, overwrite, srgb, options)
+    remover = stages.remover
     cores = torch.get_num_threads()
     helpers = max(1, min(4, os.cpu_count() or 1, len(jobs)))
     networks = max(1, min(2, cores, len(jobs) // batch_size)) if remover.device.type == "cpu" else 1
@@ -94,7 +111,7 @@ def _networks_stopped_by() -> Iterator[threading.Event]:
 
 
 @dataclass
-class _PhotoInProgress:
+class PhotoInProgress:
     """A photo between two stages. The remaining stages skip a photo whose report has an error."""
 
     job: Job
@@ -102,7 +119,9 @@ class _PhotoInProgress:
     data: dict | None = None  # the network's inputs, later its outputs
 
 
-class _Stages:
+class Stages:
+    """Decoding, network and encoding of photos. Subclasses may write elsewhere: they override `deliver` or `write`."""
+
     def __init__(self, remover, picture_format: str, overwrite: bool, srgb: bool, options: dict):
         self.remover = remover
         self.picture_format = picture_format
@@ -112,8 +131,8 @@ class _Stages:
         # A mask needs only as many pixels of the photo as the network sees. All other results need all of them.
         self.sufficient_side = _draft_side(remover.image_processor) if options.get("return_mask") else None
 
-    def decode(self, job: Job) -> _PhotoInProgress:
-        photo = _PhotoInProgress(job, Report(job.source.name))
+    def decode(self, job: Job) -> PhotoInProgress:
+        photo = PhotoInProgress(job, Report(job.source.name))
         with _recorded([photo]):
             decoded = read_photo(job.source, self.sufficient_side)
             photo.report.size = decoded.size
@@ -123,7 +142,7 @@ class _Stages:
             photo.data["target_size"] = decoded.size[::-1]
         return photo
 
-    def run_network(self, batch: list[_PhotoInProgress]) -> list[_PhotoInProgress]:
+    def run_network(self, batch: list[PhotoInProgress]) -> list[PhotoInProgress]:
         """Runs the network on a batch. A batch that fails is run again photo by photo, so that the others succeed."""
         decoded = [photo for photo in batch if photo.report.error is None]
         if not self._forward(decoded) and len(decoded) > 1:
@@ -132,7 +151,7 @@ class _Stages:
                 self._forward([photo])
         return batch
 
-    def _forward(self, photos: list[_PhotoInProgress]) -> bool:
+    def _forward(self, photos: list[PhotoInProgress]) -> bool:
         """Replaces the photos' inputs by the network's outputs. Returns False if that failed."""
         if not photos:
             return True
@@ -142,14 +161,17 @@ class _Stages:
                 photo.data = output
         return photos[0].report.error is None
 
-    def finish(self, photo: _PhotoInProgress) -> Report:
+    def finish(self, photo: PhotoInProgress) -> Report:
         if photo.report.error is None:
             with _recorded([photo]):
                 picture = self.remover.postprocess(photo.data, **self.options)
-                self._write(encode_picture(picture, self.picture_format), photo)
+                self.deliver(picture, photo)
         return photo.report
 
-    def _write(self, encoded: bytes, photo: _PhotoInProgress) -> None:
+    def deliver(self, picture: Image.Image, photo: PhotoInProgress) -> None:
+        self.write(encode_picture(picture, self.picture_format), photo)
+
+    def write(self, encoded: bytes, photo: PhotoInProgress) -> None:
         output = photo.job.output
         if output is None:
             sys.stdout.buffer.write(encoded)
@@ -175,7 +197,7 @@ def _draft_side(image_processor) -> int | None:
 
 
 @contextmanager
-def _recorded(photos: list[_PhotoInProgress]) -> Iterator[None]:
+def _recorded(photos: list[PhotoInProgress]) -> Iterator[None]:
     """Adds the time of the `with` block and its error, if any, to the photos' reports."""
     start = time.perf_counter()
     error = None

@@ -1,11 +1,11 @@
-"""`birefnet draw`: training pairs of drawn objects with thin parts and gaps, textured and set before real photos.
+"""`birefnet draw`: draws training pairs of objects with thin parts and gaps on backgrounds from real photos.
 
-Photographs of salient objects hold few legs, spokes, strands and holes, and their masks leave out many of those. Here
-the object is a drawing, so its soft mask is exact: the photo is alpha·F + (1 - alpha)·B of a foreground texture F and
-a background B, both mostly crops of real photos.
+Public training sets show few legs, spokes, strands and holes, and their masks often omit them. Here the object is a
+drawing, so its soft mask is exact. The photo is alpha·F + (1 - alpha)·B with a foreground texture F and a background
+B. Both are mostly crops of real photos.
 
-A shape is a list of `Part`s in coordinates of its own, x to the right and y down, in which it is about one unit long.
-It is moved before it is drawn, so that no resampling blurs its edges.
+A shape is a list of `Part`s in its own coordinates: x points right, y points down, and the shape is about one unit
+long. Its coordinates are transformed before it is drawn, so no resampling blurs its edges.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 DESCRIPTION = """\
 Draw training pairs: objects with thin parts, gaps and holes (furniture, wheels, strands, trees, fences, insects …)
-with textures from your photos, set before their backgrounds, each with its exact soft mask."""
+with textures and backgrounds from your photos, and exact soft masks."""
 
 EXAMPLES = """\
 examples:
@@ -35,22 +35,22 @@ examples:
   birefnet draw drawn/ --photos 'train-*.parquet' --number 3000 --side 512 --seed 48
   birefnet train --data my_photos/ drawn/ --output my_model   # train on both
 
-The same photos, side and seed give the same pairs, and more of them begin with the fewer."""
+The same photos, side and seed give the same pairs. A larger --number only adds pairs."""
 
 SMALLEST_SIDE = 64
 SUPERSAMPLING = 4
 POOL = 200  # photos in memory: at most 200·4·side² bytes
-BACKGROUND_SHARE = 0.03  # how much of its photo's object a background may show
-CONTRAST = 55  # least distance between the mean colours of object and background, in RGB of 0 to 255
-SHADES = (0, 38)  # how far a part's tone may lie from 128: all alike, or each its own
-HIDDEN_SHARE = 0.1  # how much of an object may lie closer than half of that to the background behind it
+BACKGROUND_SHARE = 0.03  # largest share of a background that may show its photo's object
+CONTRAST = 55  # smallest distance between the mean colours of object and background, in RGB of 0 to 255
+SHADES = (0, 38)  # largest difference of a part's tone from 128: all parts equal, or each with its own tone
+HIDDEN_SHARE = 0.1  # largest share of an object whose colour is closer than CONTRAST / 2 to the background
 
 Photos = Sequence[tuple[Image.Image, Image.Image]]
-"""Photos as RGB, each with its mask as 8-bit grey."""
+"""Pairs of an RGB photo and its mask in 8-bit grey."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the arguments of `birefnet draw`."""
+    """Adds the arguments of `birefnet draw`."""
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     parser.add_argument("output", type=Path, metavar="FOLDER", help="new or empty folder for im/ and gt/")
     parser.add_argument(
@@ -58,18 +58,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="SOURCE",
-        help="where textures come from: folders with im/ and gt/, parquet files, globs, or Hub data set ids",
+        help="photos for the textures: folders with im/ and gt/, parquet files, globs, or Hub data set ids",
     )
     parser.add_argument("--image-column", default="image", help="column of the photos in tables (default: image)")
     parser.add_argument("--mask-column", default="mask", help="column of the masks in tables (default: mask)")
-    parser.add_argument("--number", type=int, default=1500, help="how many pairs to draw (default: 1500)")
+    parser.add_argument("--number", type=int, default=1500, help="number of pairs to draw (default: 1500)")
     parser.add_argument("--side", type=int, default=512, help="width and height in pixels (default: 512)")
     parser.add_argument("--seed", type=int, default=42, help="default: 42")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs `birefnet draw` and returns its exit code."""
-    # Here, since they take torch along, which the help must not wait for.
+    # Imported here because these modules import torch, which would delay --help.
     from tqdm.auto import tqdm
 
     from birefnet.data.pairs import MASK_FOLDER, PHOTO_FOLDER, read_pairs
@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def check_arguments(arguments: argparse.Namespace):
-    """Raises a UsageError unless the numbers can be served."""
+    """Raises a UsageError if a number is too small."""
     for option, smallest in (("number", 1), ("side", SMALLEST_SIDE), ("seed", 0)):
         value = getattr(arguments, option)
         if value < smallest:
@@ -100,12 +100,12 @@ def check_arguments(arguments: argparse.Namespace):
 
 
 def read_photos(pairs: Sequence, side: int, seed: int) -> Photos:
-    """Reads up to `POOL` pairs, chosen by the seed, reduced to at most `side` pixels. Bad ones are reported.
+    """Reads up to `POOL` random pairs and reduces them to at most `side` pixels. Reports and skips bad pairs.
 
     Args:
         pairs: The `birefnet.data.pairs.Pair`s.
         side: Longest side in pixels.
-        seed: Chooses among the pairs.
+        seed: Seed of the choice of pairs.
 
     Raises:
         ValueError: None of the pairs can be used.
@@ -117,7 +117,7 @@ def read_photos(pairs: Sequence, side: int, seed: int) -> Photos:
         try:
             photo, mask = decode_pair(pairs[row])
         except BadPairError as error:
-            logger.warning("Left out: %s", error)
+            logger.warning("Skipped: %s", error)
             continue
         photo.thumbnail((side, side))
         photos.append((photo, mask.resize(photo.size, Image.Resampling.BOX)))
@@ -132,13 +132,13 @@ def read_photos(pairs: Sequence, side: int, seed: int) -> Photos:
 
 
 def draw_scene(photos: Photos, side: int, seed: int, number: int) -> tuple[Image.Image, Image.Image]:
-    """Draws one pair. It depends on no other, so that any number can be drawn alone.
+    """Draws one pair. It does not depend on other pairs, so each number can be drawn on its own.
 
     Args:
-        photos: Where textures come from.
+        photos: Photos for the textures.
         side: Width and height in pixels.
-        seed: That of all the pairs.
-        number: That of this pair.
+        seed: Seed of all pairs.
+        number: Number of this pair.
 
     Returns:
         The photo as RGB and its mask as 8-bit grey.
@@ -156,13 +156,13 @@ def draw_scene(photos: Photos, side: int, seed: int, number: int) -> tuple[Image
 
 
 def composite(mask: Image.Image, foreground: np.ndarray, background: np.ndarray) -> Image.Image:
-    """alpha·F + (1 - alpha)·B of two (side, side, 3) arrays in [0, 255], with alpha from 8-bit grey."""
+    """Computes alpha·F + (1 - alpha)·B of two (side, side, 3) arrays in [0, 255]. Alpha is the 8-bit mask / 255."""
     alpha = np.asarray(mask)[..., None] / 255
     return to_picture(alpha * foreground + (1 - alpha) * background)
 
 
 def expose(random: np.random.Generator, photo: Image.Image, mask: Image.Image) -> tuple[Image.Image, Image.Image]:
-    """What a camera adds, sometimes: a slight blur, which the mask shares, and noise, which it does not."""
+    """Imitates a camera: sometimes blurs photo and mask slightly, and sometimes adds noise to the photo."""
     if random.random() < 0.4:
         blur = ImageFilter.GaussianBlur(random.uniform(0.4, 1.2))
         photo, mask = photo.filter(blur), mask.filter(blur)
@@ -181,17 +181,17 @@ def to_picture(pixels: np.ndarray) -> Image.Image:
 def draw_foreground(
     random: np.random.Generator, photos: Photos, mask: Image.Image, tones: np.ndarray, background: np.ndarray
 ) -> np.ndarray:
-    """A texture that differs visibly, on average and nearly everywhere, from the background behind it.
+    """Draws a texture that differs visibly from the background, on average and at nearly every pixel.
 
-    The more the background varies, the more its mean must differ: thin parts get lost in foliage.
+    The required difference of the mean colours grows with the variation of the background, because thin parts are
+    hard to see in front of, for example, foliage.
 
     Args:
-        random: Source of chance.
-        photos: Where textures come from.
-        mask: The object.
-        tones: Factor of the texture's brightness at each pixel, (side, side, 1): parts of an object catch light
-            differently.
-        background: What the object will stand before.
+        random: Random number generator.
+        photos: Photos for the textures.
+        mask: Mask of the object.
+        tones: Factor of the brightness at each pixel, (side, side, 1). The parts of an object are lit differently.
+        background: The background behind the object.
     """
     side = mask.width
     nearby = np.asarray(to_picture(background).filter(ImageFilter.GaussianBlur(0.03 * side)), dtype=np.float64)
@@ -204,7 +204,7 @@ def draw_foreground(
         differences = np.linalg.norm((texture - nearby)[inside], axis=-1)
         if np.linalg.norm(mean - near) >= contrast and np.mean(differences < CONTRAST / 2) < HIDDEN_SHARE:
             return texture
-    # Nothing differs from what is around: go to the farther end of the scale, half as contrasty so that little clips.
+    # No texture differed enough. Shift one towards black or white, whichever is farther, with half of its contrast.
     shift = 80 if near.mean() < 128 else -80
     return (nearby + shift + (texture - mean) / 2).clip(0, 255)
 
@@ -214,7 +214,7 @@ def mean_color(pixels: np.ndarray, weights: Image.Image) -> np.ndarray:
 
 
 def draw_texture(random: np.random.Generator, photos: Photos, side: int) -> np.ndarray:
-    """A plain colour or gradient, the inside of a photo's object, or any part of a photo."""
+    """Draws a plain colour or gradient, or takes a crop from a photo's object or from anywhere in a photo."""
     if random.random() < 0.35:
         return draw_plain(random, side)
     photo, mask = photos[random.integers(len(photos))]
@@ -226,7 +226,7 @@ def draw_texture(random: np.random.Generator, photos: Photos, side: int) -> np.n
 
 
 def draw_background(random: np.random.Generator, photos: Photos, side: int) -> np.ndarray:
-    """A plain colour or gradient, or a part of a photo without its object, sometimes out of focus."""
+    """Draws a plain colour or gradient, or takes a part of a photo without its object, sometimes out of focus."""
     if random.random() < 0.25:
         return draw_plain(random, side)
     for _ in range(8):
@@ -235,14 +235,14 @@ def draw_background(random: np.random.Generator, photos: Photos, side: int) -> n
             picture = photo.resize((side, side), Image.Resampling.BICUBIC, box)
             blur = random.uniform(0.005, 0.03) * side if random.random() < 0.35 else 0
             break
-    else:  # all are full of their objects: one that is past recognition
+    else:  # No photo has a large enough part without its object. Blur one until nothing can be recognized.
         picture = photo.resize((side, side), Image.Resampling.BICUBIC)
         blur = random.uniform(0.04, 0.15) * side
     return np.asarray(picture.filter(ImageFilter.GaussianBlur(blur)), dtype=np.float64)
 
 
 def draw_plain(random: np.random.Generator, side: int) -> np.ndarray:
-    """A colour, from grey to vivid, or a gradient between two akin, with slight noise."""
+    """Draws one colour, from grey to vivid, or a gradient between two similar colours, with slight noise."""
     first = random.uniform(0, 255) + random.normal(0, random.uniform(0, 60), 3)
     second = first + random.normal(0, 50, 3) * (random.random() < 0.6)
     angle = random.uniform(0, 2 * np.pi)
@@ -253,16 +253,16 @@ def draw_plain(random: np.random.Generator, side: int) -> np.ndarray:
 
 
 def crop_anywhere(random: np.random.Generator, photo: Image.Image, smallest: float) -> tuple[int, int, int, int]:
-    """A square box (left, top, right, bottom) of at least the `smallest` share of the photo's shorter side."""
+    """A random square (left, top, right, bottom). Its side is at least `smallest` times the photo's shorter side."""
     length = max(2, round(random.uniform(smallest, 1) * min(photo.size)))
     left, top = (random.integers(size - length + 1) for size in photo.size)
     return int(left), int(top), int(left + length), int(top + length)
 
 
 def find_clear_square(random: np.random.Generator, mask: Image.Image) -> tuple[int, int, int, int] | None:
-    """A box (left, top, right, bottom) with almost no object, about as large as there is one; `None` if all are small.
+    """Finds a large square (left, top, right, bottom) that shows almost no object, or returns `None`.
 
-    Large ones first: the more a crop is enlarged, the less it looks like a photo.
+    Large squares are tried first, because a crop that is enlarged much does not look like a photo.
     """
     sums = np.pad(np.asarray(mask, dtype=np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
     for share in np.array([1, 0.85, 0.72, 0.6, 0.5, 0.42, 0.35]) * random.uniform(0.85, 1):
@@ -277,9 +277,9 @@ def find_clear_square(random: np.random.Generator, mask: Image.Image) -> tuple[i
 
 
 def crop_within(random: np.random.Generator, mask: Image.Image) -> tuple[int, int, int, int]:
-    """The square box, of some, that the mask fills best: (left, top, right, bottom)."""
+    """Draws 12 random squares (left, top, right, bottom) and returns the one that the mask fills most."""
     rows, columns = np.nonzero(np.asarray(mask) > 127)
-    if not len(rows):  # a mask that is nowhere sure
+    if not len(rows):  # No pixel of the mask is above one half.
         return crop_anywhere(random, mask, 0.1)
     boxes = []
     for length in random.uniform(0.15, 0.5, 12) * min(mask.size):
@@ -293,7 +293,7 @@ def crop_within(random: np.random.Generator, mask: Image.Image) -> tuple[int, in
 
 
 def fill_square(random: np.random.Generator, crop: Image.Image, side: int) -> np.ndarray:
-    """A square crop, enlarged and mirrored until it fills a square: enlarged alone, small crops are all blur."""
+    """Enlarges a square crop and mirrors it to fill a square of `side` pixels. Enlarging alone would blur it."""
     length = round(random.uniform(min(crop.width, side), side))
     pixels = np.asarray(crop.resize((length, length), Image.Resampling.BICUBIC))
     return np.pad(pixels, ((0, side - length), (0, side - length), (0, 0)), mode="symmetric")
@@ -307,9 +307,9 @@ class Part:
     """A polygon or a line.
 
     Attributes:
-        points: Its corners, (n, 2) as x and y.
-        widths: A line's width at each point, (n,), in the same unit; `None` for a polygon.
-        ink: Whether it belongs to the object; else it cuts a hole into the parts before it.
+        points: The corners, (n, 2) as x and y.
+        widths: Width of the line at each point, (n,), in the same unit. `None` for a polygon.
+        ink: Whether the part belongs to the object. If not, it cuts a hole into earlier parts.
     """
 
     points: np.ndarray
@@ -322,13 +322,13 @@ def fill(points, ink: bool = True) -> Part:
 
 
 def line(points, width: float, end_width: float | None = None) -> Part:
-    """A line of one width, or that changes to another."""
+    """A line of constant width, or of a width that changes to `end_width`."""
     points = np.asarray(points, dtype=np.float64)
     return Part(points, np.linspace(width, width if end_width is None else end_width, len(points)))
 
 
 def ellipse(center, radii, first: float = 0, last: float = 2 * np.pi) -> np.ndarray:
-    """Points of an ellipse (65, 2), or of its arc between two angles in radians."""
+    """65 points (65, 2) of an ellipse, or of its arc between two angles in radians."""
     angles = np.linspace(first, last, 65)
     return np.asarray(center) + np.stack([np.cos(angles), np.sin(angles)], 1) * radii
 
@@ -338,7 +338,7 @@ def rectangle(left: float, top: float, right: float, bottom: float) -> list[tupl
 
 
 def blob(random: np.random.Generator, center, radius: float, roughness: float = 0.25) -> np.ndarray:
-    """Points of a smooth closed curve (96, 2) around a centre."""
+    """96 points (96, 2) of a smooth closed curve around a centre."""
     angles = np.linspace(0, 2 * np.pi, 96, endpoint=False)
     waves = np.arange(1, 7)[:, None]
     heights = random.normal(0, roughness, (6, 1)) / waves
@@ -347,7 +347,7 @@ def blob(random: np.random.Generator, center, radius: float, roughness: float = 
 
 
 def path(random: np.random.Generator, start, angle: float, length: float, bend: float, count: int = 12) -> np.ndarray:
-    """Points of a curved way (count, 2) that sets out at an angle and turns by about `bend`, both in radians."""
+    """Points (count, 2) of a curve. It starts in the direction `angle` and turns by about `bend`, both in radians."""
     way = np.linspace(0, 1, count)[:-1]
     angles = angle + bend * way + random.normal(0, 0.3 * abs(bend) + 1e-3) * np.sin(2 * np.pi * way)
     steps = unit(angles) * (length / (count - 1))
@@ -360,12 +360,12 @@ def unit(angles) -> np.ndarray:
 
 
 def thin(random: np.random.Generator, widest: float = 0.032) -> float:
-    """A line's width in a shape one unit long: in the picture about 0.25 to 3 % of the side, small ones as often."""
+    """A random line width, log-uniform from 0.005 to `widest`. In the picture it is about 0.25 to 3 % of the side."""
     return float(np.exp(random.uniform(np.log(0.005), np.log(max(widest, 0.0051)))))
 
 
 def move(random: np.random.Generator, parts: list[Part]) -> list[Part]:
-    """Turns, stretches, scales and places a shape in the picture, whose sides run from 0 to 1."""
+    """Rotates, stretches, scales and places a shape in the picture, whose coordinates run from 0 to 1."""
     angle = random.uniform(-np.pi, np.pi) if random.random() < 0.15 else np.radians(random.uniform(-30, 30))
     stretch = np.exp(random.uniform(-0.2, 0.2))
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
@@ -384,7 +384,7 @@ def move(random: np.random.Generator, parts: list[Part]) -> list[Part]:
 
 
 def random_offset(random: np.random.Generator, extent: np.ndarray) -> np.ndarray:
-    """How far a box of this width and height lies from the picture's centre: near, anywhere, or across its border."""
+    """Offset of a box of this width and height from the picture's centre: near it, anywhere, or across the border."""
     slack = (1 - extent) / 2
     kind = random.random()
     if kind < 0.65:
@@ -397,13 +397,13 @@ def random_offset(random: np.random.Generator, extent: np.ndarray) -> np.ndarray
 
 
 def rasterize(parts: Sequence[Part], side: int, inks: Sequence[int] | None = None, paper: int = 0) -> Image.Image:
-    """Draws parts whose coordinates run from 0 to 1, with true coverage at their edges, as 8-bit grey.
+    """Draws parts with coordinates from 0 to 1 in 8-bit grey. Edge pixels have the grey of their coverage.
 
     Args:
-        parts: What to draw, the later over the earlier.
+        parts: The parts. Later parts are drawn over earlier ones.
         side: Width and height in pixels.
-        inks: Each part's grey; 255 where not given.
-        paper: The grey of the rest, and of holes.
+        inks: Grey of each part. `None`: 255 for all.
+        paper: Grey of the background and of holes.
     """
     scale = SUPERSAMPLING * side
     picture = Image.new("L", (scale, scale), paper)
@@ -419,7 +419,7 @@ def rasterize(parts: Sequence[Part], side: int, inks: Sequence[int] | None = Non
 
 
 def draw_line(draw: ImageDraw.ImageDraw, points: np.ndarray, widths: np.ndarray, grey: int):
-    """Draws a line with round joints; its points and their widths in pixels."""
+    """Draws a line with round joints. Points and widths are in pixels."""
     steps = np.diff(points, axis=0)
     across = np.stack([-steps[:, 1], steps[:, 0]], 1) / np.maximum(np.linalg.norm(steps, axis=1), 1e-9)[:, None]
     halves = widths[:, None] / 2
@@ -446,7 +446,7 @@ def furniture(random: np.random.Generator) -> list[Part]:
     round_top = random.random() < 0.5
     parts = [fill(ellipse((0, 0), (half, thickness)) if round_top else rectangle(-half, -thickness, half, thickness))]
     tops = np.array([-0.9, 0.9, *random.uniform(-0.75, 0.75, random.integers(1, 5))]) * half
-    lengths = height * np.where(abs(tops) > 0.8 * half, 1, random.uniform(0.7, 1))  # those at the back look shorter
+    lengths = height * np.where(abs(tops) > 0.8 * half, 1, random.uniform(0.7, 1))  # Legs at the back look shorter.
     taper = random.uniform(0.5, 1)
     parts += [line([(x, 0), (x * spread, y)], width, width * taper) for x, y in zip(tops, lengths, strict=True)]
     for level in random.uniform(0.3, 0.75, random.integers(3)) * height:
@@ -507,7 +507,7 @@ def wheels(random: np.random.Generator) -> list[Part]:
 
 
 def strands(random: np.random.Generator) -> list[Part]:
-    """A body with loose hairs, which stand off it on all sides or blow one way."""
+    """A body with loose hairs. They stand off on all sides or are blown in one direction."""
     body = blob(random, (0, 0), 0.28)
     root, wind = random.uniform(0.004, 0.012), random.uniform(0, 2 * np.pi)
     blown, longest, bend = random.uniform(0, 1), random.uniform(0.15, 0.55), random.uniform(0.3, 1.8)
@@ -522,7 +522,7 @@ def strands(random: np.random.Generator) -> list[Part]:
 
 
 def tree(random: np.random.Generator) -> list[Part]:
-    """A trunk that branches again and again, sometimes with leaves at the tips."""
+    """A trunk that branches repeatedly, sometimes with leaves at the tips."""
     depth, angle_range = int(random.integers(4, 7)), random.uniform(0.35, 0.75)
     shrink, narrow = random.uniform(0.68, 0.85), random.uniform(0.6, 0.78)
     leaf = random.uniform(0.01, 0.04) if random.random() < 0.5 else 0
@@ -546,12 +546,12 @@ def lattice(random: np.random.Generator) -> list[Part]:
 
 
 def bars(random: np.random.Generator) -> list[Part]:
-    """Upright bars between a few rails; with few of one kind it is a ladder or a window."""
+    """Upright bars between rails. With few bars or few rails it is a ladder or a window."""
     half, height = random.uniform(0.15, 0.5), random.uniform(0.25, 0.5)
     columns, rows = int(random.integers(2, 15)), int(random.integers(2, 6))
     upright = thin(random, 0.8 * half / columns)
     across = thin(random, 0.8 * height / rows)
-    over = random.uniform(0, 0.15) * height  # how far the bars reach beyond the rails
+    over = random.uniform(0, 0.15) * height  # length of the bars beyond the rails
     parts = [line([(x, -height - over), (x, height + over)], upright) for x in np.linspace(-half, half, columns)]
     return parts + [line([(-half, y), (half, y)], across) for y in np.linspace(-height, height, rows)]
 

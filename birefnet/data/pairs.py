@@ -1,4 +1,4 @@
-"""Photos with their masks: where the pairs come from, and decoding them."""
+"""Pairs of photo and mask: lists them from folders, parquet files and Hub data sets, and decodes them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LISTED_NAMES = 10
 
 
 class BadPairError(ValueError):
-    """A photo or a mask that cannot be used; the message starts with the name of its file."""
+    """A photo or mask that cannot be used. The message starts with the name of its file."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Pair:
     """One photo with its mask, not yet read.
 
     Attributes:
-        name: What messages call it: a path, or a file and a row.
+        name: Its name in messages: a path, or a file and a row.
         read: Returns the encoded photo and the encoded mask.
     """
 
@@ -46,17 +46,17 @@ class Pair:
 
 
 def read_pairs(sources: Sequence[str | Path], image_column: str = "image", mask_column: str = "mask") -> list[Pair]:
-    """Lists the pairs of several sources, joined in the given order.
+    """Lists the pairs of several sources in the given order.
 
     Args:
-        sources: Each one a folder that holds `im/` and `gt/`, a parquet file, a glob of either, or the id of a data
-            set on the Hub (`owner/name`, or `owner/name:split`; the split `train` where none is named).
-        image_column: The column of the photos in parquet files and Hub data sets.
-        mask_column: The column of the masks there.
+        sources: Each source is a folder with `im/` and `gt/`, a parquet file, a glob of either, or the id of a data
+            set on the Hub: `owner/name`, or `owner/name:split`. The default split is `train`.
+        image_column: Column of the photos in parquet files and Hub data sets.
+        mask_column: Column of the masks there.
 
     Raises:
         FileNotFoundError: A source does not exist.
-        ValueError: A source holds no pair, or lacks a column.
+        ValueError: A source holds no pair, or a column is missing.
     """
     pairs = []
     for source in map(str, sources):
@@ -71,7 +71,7 @@ def read_pairs(sources: Sequence[str | Path], image_column: str = "image", mask_
                 "glob of either, or a Hub data set id such as owner/name."
             )
         if not found:
-            raise ValueError(f"{source}: it holds no photo with a mask.")
+            raise ValueError(f"{source} holds no photo with a mask.")
         pairs += found
     return pairs
 
@@ -81,16 +81,16 @@ def _read_local(path: Path, image_column: str, mask_column: str) -> list[Pair]:
         return _read_folder(path)
     if path.suffix == ".parquet":
         return _read_parquet(path, image_column, mask_column)
-    raise ValueError(f"{path}: neither a folder with {PHOTO_FOLDER}/ and {MASK_FOLDER}/ nor a parquet file.")
+    raise ValueError(f"{path} is neither a folder with {PHOTO_FOLDER}/ and {MASK_FOLDER}/ nor a parquet file.")
 
 
 def _read_folder(folder: Path) -> list[Pair]:
-    """Matches the files of `im/` and `gt/` by their path without its ending; lists those that have no partner."""
+    """Matches the files of `im/` and `gt/` by their path without the ending. Reports files without a partner."""
     photos, masks = (pictures_by_stem(folder / name) for name in (PHOTO_FOLDER, MASK_FOLDER))
     unmatched = [str(photos[stem]) for stem in photos.keys() - masks.keys()]
     unmatched += [str(masks[stem]) for stem in masks.keys() - photos.keys()]
     if unmatched:
-        logger.warning("%s: %d files without a partner are left out: %s", folder, len(unmatched), listed(unmatched))
+        logger.warning("%s: skipped %d files without a partner: %s", folder, len(unmatched), listed(unmatched))
     return [
         Pair(str(photos[stem]), partial(_as_is, photos[stem], masks[stem]))
         for stem in sorted(photos.keys() & masks.keys())
@@ -99,14 +99,16 @@ def _read_folder(folder: Path) -> list[Pair]:
 
 def pictures_by_stem(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} does not exist: photos belong in {PHOTO_FOLDER}/, masks in {MASK_FOLDER}/.")
+        raise FileNotFoundError(
+            f"{folder} does not exist: put photos into {PHOTO_FOLDER}/ and masks into {MASK_FOLDER}/."
+        )
     endings = Image.registered_extensions()
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings and path.name[0] != ".")
     stems = [path.relative_to(folder).with_suffix("").as_posix() for path in files]
     counts = Counter(stems)
     twice = [str(path) for path, stem in zip(files, stems, strict=True) if counts[stem] > 1]
     if twice:
-        raise ValueError(f"{folder}: several files share one name and cannot be told apart: {listed(twice)}")
+        raise ValueError(f"{folder}: several files differ only in their ending: {listed(twice)}")
     return dict(zip(stems, files, strict=True))
 
 
@@ -134,7 +136,7 @@ def _read_parquet(path: Path, image_column: str, mask_column: str) -> list[Pair]
 
 
 def _parquet_row(table, row: int, folder: Path) -> tuple[Encoded, Encoded]:
-    """The first two columns of a row of a `pyarrow.Table`; paths in it are relative to the file's folder."""
+    """The first two columns of a row of a `pyarrow.Table`. Paths in it are relative to the file's folder."""
     return tuple(_encoded(table.column(column)[row].as_py(), folder) for column in (0, 1))
 
 
@@ -145,7 +147,7 @@ def _read_hub(source: str, image_column: str, mask_column: str) -> list[Pair]:
     dataset = datasets.load_dataset(name, split=split or "train")
     _check_columns(source, dataset.column_names, (image_column, mask_column))
     for column in (image_column, mask_column):
-        # Encoded bytes are what the cache wants; decoding happens once, in threads.
+        # Keep the encoded bytes. They are decoded later, in threads.
         dataset = dataset.cast_column(column, datasets.Image(decode=False))
     dataset = dataset.select_columns([image_column, mask_column])
     columns = (image_column, mask_column)
@@ -167,7 +169,7 @@ def _check_columns(source: str, present: list[str], wanted: tuple[str, str]):
 
 
 def _encoded(value: bytes | str | dict | None, folder: Path) -> Encoded:
-    """A cell of a table: bytes, a path, or the structure of both in which `datasets` stores pictures."""
+    """Reads a cell of a table: bytes, a path, or the dictionary of both that `datasets` uses for pictures."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if value is None:
@@ -179,10 +181,10 @@ def decode_pair(pair: Pair) -> tuple[Image.Image, Image.Image]:
     """Reads a pair.
 
     Returns:
-        The photo as RGB and the mask as 8-bit grey, both upright and of one size. Soft masks stay soft.
+        The photo in RGB and the mask in 8-bit grey, both upright and of the same size. Soft masks stay soft.
 
     Raises:
-        BadPairError: Photo or mask cannot be read, their sizes differ, or the mask is all black.
+        BadPairError: The photo or mask cannot be read, their sizes differ, or the mask is all black.
     """
     photo = _decode(pair, 0, "photo").convert("RGB")
     mask = decode_mask(pair)
@@ -197,11 +199,11 @@ def decode_pair(pair: Pair) -> tuple[Image.Image, Image.Image]:
 
 
 def decode_mask(pair: Pair) -> Image.Image:
-    """Reads a pair's mask as 8-bit grey: of a picture with transparency its alpha, of any other its lightness."""
+    """Reads a pair's mask in 8-bit grey: the alpha channel of a picture with transparency, else its lightness."""
     mask = _decode(pair, 1, "mask")
     if mask.has_transparency_data:
         alpha = mask.convert("RGBA").getchannel("A")
-        # An alpha channel without any transparency says nothing; then the mask is in the colours.
+        # An alpha channel that is opaque everywhere is no mask. Then the mask is in the colours.
         return alpha if alpha.getextrema()[0] < 255 else mask.convert("RGB").convert("L")
     return mask.convert("L")
 
@@ -211,13 +213,13 @@ def _decode(pair: Pair, which: int, role: str) -> Image.Image:
         encoded = pair.read()[which]
         with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as picture:
             return _eight_bits(ImageOps.exif_transpose(picture))
-    # What Pillow's decoders raise, between them, on malformed files.
+    # All errors that Pillow's decoders raise on malformed files.
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise BadPairError(f"{pair.name}: the {role} cannot be read ({error}).") from error
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
-    """Scales 16-bit grey to 8 bits, which Pillow's own conversion would cut off at 255."""
+    """Scales 16-bit grey to 8 bits. Pillow's own conversion would clip values above 255."""
     if picture.mode.startswith("I"):
         return Image.fromarray((np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8))
     picture.load()

@@ -128,7 +128,7 @@ def _onnx_operators(model):
 
 
 def _onnx_deform_conv(hidden_states, offsets, modulator, weight, bias=None):
-    """The network's deformable convolution as ONNX DeformConv: 1.7 to 3 times as fast as GridSample or Gather there."""
+    """The network's deformable convolution as ONNX DeformConv: 1.7 to 3 times as fast as GridSample or Gather."""
     import torch
 
     side = weight.shape[-1]

@@ -111,7 +111,7 @@ def compare_results(folder, result, model, processor, picture):
     return difference
 
 
-def upload_repository(folder, repository, private=False, token=None):
+def upload_repository(folder, repository, private=False, token=None, repo_type="model"):
     """
     Uploads a complete folder in one commit and tags it with the version. Safe to repeat.
 
@@ -120,6 +120,7 @@ def upload_repository(folder, repository, private=False, token=None):
         repository (`str`): `owner/name`, or `name` for the user's own namespace. Created if it does not exist.
         private (`bool`, *optional*, defaults to `False`): Whether a new repository is private.
         token (`str`, *optional*): Hub token. Default: that of `hf auth login` or `HF_TOKEN`.
+        repo_type (`str`, *optional*, defaults to `"model"`): `"space"` for a Space, whose SDK is Gradio.
 
     Returns:
         `tuple[str, bool]`: The tagged commit, and whether anything changed.
@@ -131,10 +132,12 @@ def upload_repository(folder, repository, private=False, token=None):
 
     api = HfApi(token=token)
     with _explained(repository):
-        repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
-        tags = {tag.name: tag.target_commit for tag in api.list_repo_refs(repository).tags}
-        head = api.model_info(repository).sha
-        changed = changed_files(api, folder, repository, revision=tags.get(TAG, "main"))
+        sdk = "gradio" if repo_type == "space" else None
+        created = api.create_repo(repository, private=private, exist_ok=True, repo_type=repo_type, space_sdk=sdk)
+        repository = created.repo_id
+        tags = {tag.name: tag.target_commit for tag in api.list_repo_refs(repository, repo_type=repo_type).tags}
+        head = api.repo_info(repository, repo_type=repo_type).sha
+        changed = changed_files(api, folder, repository, tags.get(TAG, "main"), repo_type)
         if TAG in tags:
             if changed:
                 names = ", ".join(changed)
@@ -147,21 +150,24 @@ def upload_repository(folder, repository, private=False, token=None):
             # With `parent_commit`, the Hub refuses a retry of an upload that already succeeded.
             commit = api.upload_folder(
                 repo_id=repository,
+                repo_type=repo_type,
                 folder_path=folder,
                 commit_message=f"{Path(repository).name} {TAG}",
                 parent_commit=head,
-                delete_patterns=["*_birefnet.py"],
+                delete_patterns=["birefnet/*"] if repo_type == "space" else ["*_birefnet.py"],
             )
             head = commit.oid
-        api.create_tag(repository, tag=TAG, revision=head, tag_message=f"birefnet {TAG}", exist_ok=True)
+        message = f"birefnet {TAG}"
+        api.create_tag(repository, tag=TAG, revision=head, tag_message=message, exist_ok=True, repo_type=repo_type)
     return head, True
 
 
-def changed_files(api, folder, repository, revision):
+def changed_files(api, folder, repository, revision, repo_type="model"):
     """Returns the names of files that are missing at a revision of the repository or differ from it."""
     from huggingface_hub.utils import sha
 
-    remote = {entry.path: entry for entry in api.list_repo_tree(repository, revision=revision, recursive=True)}
+    entries = api.list_repo_tree(repository, revision=revision, recursive=True, repo_type=repo_type)
+    remote = {entry.path: entry for entry in entries}
     changed = []
     for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
@@ -222,9 +228,16 @@ def add_arguments(parser):
         "  birefnet publish portrait --repo me/BiRefNet-portrait --dry-run\n"
         "  birefnet publish portrait --repo me/BiRefNet-portrait --private\n"
         "  birefnet publish --all --repo me    # the 16 official ones: me/BiRefNet-general, me/BiRefNet-lite, ...\n"
+        "  birefnet publish --space --repo me/cutouts    # a Space with the page of `birefnet serve`\n"
+        "  birefnet publish general,portrait --space --repo me/cutouts\n"
     )
     parser.add_argument("variant", nargs="?", help="name of the variant, see `birefnet variants`")
     parser.add_argument("--all", action="store_true", help="publish the 16 official variants")
+    parser.add_argument(
+        "--space",
+        action="store_true",
+        help="a Space that serves the variants (separated by commas), or the embedded weights",
+    )
     parser.add_argument("--repo", required=True, metavar="NAME", help="OWNER/NAME; with --all only OWNER")
     parser.add_argument("--private", action="store_true", help="make new repositories private")
     parser.add_argument("--dry-run", action="store_true", help="build and verify only")
@@ -235,6 +248,10 @@ def add_arguments(parser):
 
 def run(arguments):
     """Runs `birefnet publish` and returns the exit code: 1 if a variant failed."""
+    if arguments.space:
+        report = _publish_space(arguments)
+        print(json.dumps(report) if arguments.json else _describe(report), flush=True)
+        return 0
     failed = False
     for variant, repository in _plan(arguments):
         try:
@@ -282,10 +299,37 @@ def _publish(variant, repository, arguments):
     return report
 
 
+def _publish_space(arguments):
+    """Builds, starts and uploads a Space; returns what there is to report."""
+    from birefnet.hub.space import build_space, verify_space
+
+    if arguments.all:
+        raise UsageError("--space and --all contradict each other: name the variants, separated by commas")
+    try:
+        variants = ",".join(get_variant(name).name for name in (arguments.variant or "").split(",") if name)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    with ExitStack() as stack:
+        parent = arguments.folder or stack.enter_context(tempfile.TemporaryDirectory())
+        folder = Path(parent, arguments.repo.split("/")[-1])
+        build_space(folder, arguments.repo, variants)
+        if not variants:  # with variants it would download their weights to start
+            verify_space(folder, draw_picture())
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        report = {"repository": arguments.repo, "verified": not variants}
+        report["files"] = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+        if not arguments.dry_run:
+            uploaded = upload_repository(folder, arguments.repo, private=arguments.private, repo_type="space")
+            report["commit"], report["changed"] = uploaded
+            report["tag"] = TAG
+    return report
+
+
 def _describe(report):
     if "error" in report:
         return f"{report['repository']}: failed: {report['error']}"
-    size = f"{len(report['files'])} files, {sum(report['files'].values()) / 1e6:.1f} MB, verified"
+    verified = ", verified" if report.get("verified", True) else ""
+    size = f"{len(report['files'])} files, {sum(report['files'].values()) / 1e6:.1f} MB{verified}"
     if "commit" not in report:
         return f"{report['repository']}: {size}; nothing uploaded (--dry-run)"
     what = "published" if report["changed"] else "already published"

@@ -46,7 +46,8 @@ def load_remover(
     source = str(variant or model or repository_folder())
     try:
         if variant:
-            network, processor = load_variant(variant, device, getattr(torch, weights_dtype))
+            chosen = None if dtype == "auto" else getattr(torch, weights_dtype)
+            network, processor = load_variant(variant, device, chosen)
         else:
             network, processor = load_model(source, weights_dtype)
     except (OSError, ValueError, RuntimeError) as error:
@@ -78,17 +79,21 @@ def find_device(name: str):
 
 def _weights_dtype(dtype: str, device, batch_size: int) -> str:
     """The dtype to load the weights in. An int8 model keeps the faster floating-point dtype between its products."""
+    import torch
+
+    from birefnet.repository.hardware_birefnet import compute_plan
+
     if dtype == "auto":
-        return "float32" if device.type == "cpu" else "float16"
+        return str(compute_plan(device).storage).removeprefix("torch.")
     if dtype != "int8":
         return dtype
-    from birefnet.inference.quantization import dtype_between, obstacle
+    from birefnet.inference.quantization import obstacle
 
     if reason := obstacle(device):
         raise UsageError(f"--dtype int8: {reason}")
     if batch_size > 1:
         raise UsageError("--dtype int8 takes photos one by one, as the others of a batch would change their mattes")
-    return str(dtype_between()).removeprefix("torch.")
+    return str(compute_plan(device, torch.bfloat16).arithmetic).removeprefix("torch.")
 
 
 def _set_resolution(processor, resolution: str | tuple[int, int] | None) -> None:

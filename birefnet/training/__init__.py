@@ -1,6 +1,7 @@
 """`birefnet train`: training and fine-tuning with the transformers Trainer.
 
-Here are the trainer, the data set, augmentation, LoRA adapters, ImageNet weights and the card of the result.
+This package holds the trainer, its recipes, data set and augmentation, LoRA adapters, ImageNet weights, and the report
+and card of the result.
 """
 
 from birefnet.training.dataset import MattingDataset

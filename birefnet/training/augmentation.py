@@ -1,4 +1,7 @@
-"""Augmentation of a whole batch on its device: photos and masks move together, colours change on photos alone."""
+"""Augmentation of a whole batch on its device.
+
+Geometry changes photos and masks together. Colour changes and noise are for photos only.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,17 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class AugmentationSettings:
-    """How far a batch is altered. The defaults are the published recipe.
+    """Strength of the augmentation. The defaults are the published recipe.
 
     Attributes:
         flip: Probability of a horizontal flip.
-        crop: Smallest share of a side that a random crop keeps, in (0, 1]; 1 crops nothing, as published.
+        crop: Smallest share of a side that a random crop keeps, in (0, 1]. 1 does not crop.
         rotate: Probability of a rotation.
-        rotation_degrees: Largest angle of a rotation, to either side.
-        brightness, contrast, saturation, sharpness: Range of each one's factor; 1 changes nothing, 0 is black, one
-            gray, without colour, and blurred.
+        rotation_degrees: Largest angle of a rotation in degrees, in both directions.
+        brightness, contrast, saturation, sharpness: Range of the factor of each change. A factor of 1 changes nothing.
+            A factor of 0 gives a black, uniformly gray, colourless or blurred photo.
         noise: Share of pixels that turn black or white.
-        background: Probability that the background is replaced by one colour.
+        background: Probability of a plain background instead of the photo's own.
     """
 
     flip: float = 0.5
@@ -42,10 +45,19 @@ class AugmentationSettings:
             raise ValueError(f"crop is the share of a side that is kept, above 0 and at most 1, not {self.crop}.")
 
 
-def size_before_crop(size: tuple[int, int], crop: float) -> tuple[int, int]:
-    """Size to which photos are resized before crops of `crop` to 1 of their sides become `size`.
+def color_ranges(strength: float) -> dict[str, tuple[float, float]]:
+    """The ranges of brightness, contrast, saturation and sharpness, from no change (0) to the published ones (1)."""
+    published = AugmentationSettings()
+    return {
+        name: tuple(1 + strength * (factor - 1) for factor in getattr(published, name))
+        for name in ("brightness", "contrast", "saturation", "sharpness")
+    }
 
-    The geometric middle: a whole photo is then as much reduced as the smallest crop is enlarged.
+
+def size_before_crop(size: tuple[int, int], crop: float) -> tuple[int, int]:
+    """The size to resize photos to, before crops that keep `crop` to 1 of each side are resized to `size`.
+
+    It is the geometric mean: a whole photo is reduced by the same factor as the smallest crop is enlarged.
     """
     return tuple(round(side / crop**0.5) for side in size)
 
@@ -53,23 +65,23 @@ def size_before_crop(size: tuple[int, int], crop: float) -> tuple[int, int]:
 def augment_batch(
     images: torch.Tensor, masks: torch.Tensor, size: tuple[int, int], settings: AugmentationSettings
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Alters photos and their masks at random, each pair differently, and brings them to one size.
+    """Alters photos and masks at random, each pair in its own way, and resizes them.
 
-    All random numbers come from PyTorch's default generator of the batch's device, whose state a training checkpoint
-    holds.
+    All random numbers come from PyTorch's default generator of the batch's device. Training checkpoints hold its
+    state.
 
     Args:
         images: (B, 3, h, w) floating point in [0, 1].
         masks: (B, 1, h, w) floating point in [0, 1].
         size: Height and width of the result.
-        settings: How far to alter.
+        settings: Strength of the augmentation.
 
     Returns:
         Images (B, 3, height, width) and masks (B, 1, height, width), both in [0, 1].
     """
     both = resize_batch(torch.cat([images, masks], dim=1), size_before_crop(size, settings.crop))
     both = move_randomly(both, size, settings)
-    # Resampling may leave [0, 1] by a rounding error, which the model refuses in labels.
+    # Resampling may leave [0, 1] by a rounding error. The model refuses such labels.
     images, masks = both.clamp(0, 1).split((3, 1), dim=1)
     if settings.background:
         images = replace_background(images, masks, settings.background)
@@ -77,16 +89,16 @@ def augment_batch(
 
 
 def resize_batch(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Bilinear resizing of (B, C, h, w) with antialiasing; nothing where the size is right already."""
+    """Resizes (B, C, h, w) bilinearly with antialiasing. Does nothing if the size is right."""
     if tuple(pixels.shape[-2:]) == tuple(size):
         return pixels
     return F.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
 
 
 def move_randomly(pixels: torch.Tensor, size: tuple[int, int], settings: AugmentationSettings) -> torch.Tensor:
-    """Flips, crops and rotates (B, C, h, w) in one resampling, so that nothing is blurred twice.
+    """Flips, crops and rotates (B, C, h, w) in one resampling, so nothing is blurred twice.
 
-    Reflection continues the picture beyond its border; black corners would give rotated photos away.
+    The picture is reflected at its border. The network would recognize rotated photos by black corners.
     """
     from kornia.geometry.transform import get_affine_matrix2d, warp_affine
 
@@ -98,7 +110,7 @@ def move_randomly(pixels: torch.Tensor, size: tuple[int, int], settings: Augment
     flip = torch.where(_chance(count, settings.flip, device), -1.0, 1.0)
     angle = _uniform(count, (-settings.rotation_degrees, settings.rotation_degrees), device)
     angle = angle * _chance(count, settings.rotate, device)
-    # The crop lies anywhere inside the photo: its centre is off the photo's by up to half of what is cut away.
+    # The crop lies anywhere in the photo. Its centre is shifted by up to half of the part that is cut away.
     offset = (torch.rand(count, 2, device=device) - 0.5) * (before - before * kept) * zoom
     center = ((before - 1) / 2).expand(count, 2)
     matrix = get_affine_matrix2d(
@@ -108,7 +120,7 @@ def move_randomly(pixels: torch.Tensor, size: tuple[int, int], settings: Augment
 
 
 def change_colors(images: torch.Tensor, settings: AugmentationSettings) -> torch.Tensor:
-    """Brightness, contrast, saturation and sharpness by random factors, in Pillow's definition of each."""
+    """Changes brightness, contrast, saturation and sharpness by random factors, as Pillow's `ImageEnhance` does."""
     from kornia.enhance import (
         adjust_brightness_accumulative,
         adjust_contrast_with_mean_subtraction,
@@ -128,7 +140,7 @@ def change_colors(images: torch.Tensor, settings: AugmentationSettings) -> torch
 
 
 def add_noise(images: torch.Tensor, share: float) -> torch.Tensor:
-    """Turns a random share of the pixels black or white, both equally often."""
+    """Turns a random share of the pixels black or white, each with equal probability."""
     if not share:
         return images
     draw = torch.rand_like(images[:, :1])
@@ -136,10 +148,10 @@ def add_noise(images: torch.Tensor, share: float) -> torch.Tensor:
 
 
 def replace_background(images: torch.Tensor, masks: torch.Tensor, probability: float) -> torch.Tensor:
-    """Puts photos before one solid colour, composited through the mask.
+    """Replaces backgrounds by one solid colour, with the mask as alpha.
 
-    The colour is a gray (40 %), one near the subject's own mean (40 %, which makes the subject hard to find), or any
-    (20 %).
+    The colour is a gray (40 %), close to the subject's mean colour (40 %, which makes the subject hard to see), or any
+    colour (20 %).
     """
     count, device = len(images), images.device
     anything = torch.rand(count, 3, device=device)

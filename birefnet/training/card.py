@@ -1,4 +1,4 @@
-"""README.md of a model that `birefnet train` has written: what it is, what it learned from, what was measured."""
+"""The README.md of a model that `birefnet train` has written: its network, its data, and how it was measured."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
+
+from birefnet.training.progress import CURVE_FILE, SHEET_FILE, Course, course_of, verdict
 
 
 TAGS = ("background-removal", "image-matting", "image-segmentation", "birefnet")
@@ -39,20 +41,20 @@ remove_background("photo.jpg").save("cutout.png")
 """
 
 
-def training_card(arguments: argparse.Namespace, trainer, state, metrics: dict[str, float]) -> str:
+def training_card(arguments: argparse.Namespace, trainer, state, is_final: bool = False) -> str:
     """Text of the card.
 
     Args:
-        arguments: Those of `birefnet train`.
+        arguments: The options of `birefnet train`.
         trainer: The `BiRefNetTrainer`.
-        state: Its state when the model was the best.
-        metrics: What its validation measured then.
+        state: Its state.
+        is_final: Whether the training is over, and curve and contact sheet lie beside the card.
     """
-    model, size = trainer.model, trainer.processing_class.size
+    model, size, course = trainer.model, trainer.processing_class.size, course_of(state)
     is_new = arguments.init_config or hasattr(arguments, "backbone")
     base = None if is_new else arguments.model
     data = ModelCardData(
-        license="unknown",  # it depends on the data and the weights that it started from; for the owner to say
+        license="unknown",  # It depends on the data and on the first weights. The owner has to fill it in.
         library_name="transformers",
         pipeline_tag="image-segmentation",
         tags=list(TAGS),
@@ -71,7 +73,7 @@ def training_card(arguments: argparse.Namespace, trainer, state, metrics: dict[s
         step=state.global_step,
         epoch=state.epoch or 0,
         seed=arguments.seed,
-        validation=_validation(arguments, trainer, metrics),
+        validation=_validation(arguments, trainer, course, is_final),
     )
 
 
@@ -82,16 +84,28 @@ def _start(arguments: argparse.Namespace, is_new: bool) -> str:
 
 
 def _shown(source: str) -> str:
-    """A Hub id as it is; of a path its last part, since folders of one's machine concern nobody else."""
+    """A Hub id, or the last part of a path. The other folders are private to the author's machine."""
     return source if source.count("/") == 1 and not Path(source).exists() else Path(source).name
 
 
-def _validation(arguments: argparse.Namespace, trainer, metrics: dict[str, float]) -> str:
-    if not metrics:
-        return "None: no data was held out."
+def _validation(arguments: argparse.Namespace, trainer, course: Course, is_final: bool) -> str:
+    if trainer.eval_dataset is None:
+        return verdict(course, 0)
     source = ", ".join(map(_shown, arguments.validation_data or ())) or "held out of the training data"
-    return (
-        f"On {len(trainer.eval_dataset):,} photos ({source}), at the masks' own size: mean absolute error "
-        f"{metrics['eval_mae']:.4f}, mean intersection over union at 0.5 {metrics['eval_iou']:.4f}. The epoch was "
-        "chosen by this mean absolute error."
+    rows = {"before training": course.before, "this model": course.best, "after the last epoch": course.last}
+    table = "\n".join(
+        f"| {name} | {v.epoch:.4g} | {v.mae:.4f} | {v.iou:.4f} |" for name, v in rows.items() if v is not None
     )
+    parts = [
+        f"On {len(trainer.eval_dataset):,} photos ({source}), at the masks' own size. The epoch with the lowest "
+        "MAE + (1 − IoU) was kept, so its values are a little too good.",
+        f"| weights | epoch | mean absolute error | mean IoU at 0.5 |\n| --- | ---: | ---: | ---: |\n{table}",
+    ]
+    if is_final:
+        parts.append(verdict(course, len(trainer.eval_dataset)))
+        if course.last is not None:
+            columns = (
+                "photo, mask, matte before training, matte of this model" if course.before else "photo, mask, matte"
+            )
+            parts.append(f"![Validation by epoch]({CURVE_FILE})\n\n![{columns}]({SHEET_FILE})\n\n({columns})")
+    return "\n\n".join(parts)

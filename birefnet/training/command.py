@@ -1,4 +1,4 @@
-"""`birefnet train`: trains from scratch or fine-tunes, and leaves a complete model repository folder."""
+"""`birefnet train`: fine-tunes a model or trains a new one, and writes a complete model repository folder."""
 
 from __future__ import annotations
 
@@ -27,17 +27,37 @@ from birefnet.data.pairs import Pair, read_pairs
 from birefnet.errors import CommandError, UsageError
 from birefnet.hub.folders import write_folder
 from birefnet.inference.loading import load_model
-from birefnet.training.augmentation import AugmentationSettings, size_before_crop
+from birefnet.training.augmentation import AugmentationSettings, color_ranges, size_before_crop
 from birefnet.training.card import training_card
 from birefnet.training.dataset import MattingDataset
 from birefnet.training.imagenet_weights import load_imagenet_weights
 from birefnet.training.low_rank import add_low_rank_adapters, merged
+from birefnet.training.progress import (
+    CURVE_FILE,
+    SHEET_FILE,
+    SampleMattes,
+    ValidationWatch,
+    course_of,
+    draw_curve,
+    error_of,
+    results,
+    verdict,
+)
+from birefnet.training.recipes import (
+    PUBLISHED_EPOCHS,
+    Recipe,
+    backbone_kind,
+    computes_in_bfloat16,
+    fill_in,
+    fine_tuning_recipe,
+    published_recipe,
+)
 from birefnet.training.trainer import BiRefNetTrainer
 
 
 logger = logging.getLogger(__name__)
 
-# Fields of BiRefNetConfig that shape the network: given, they mean training from scratch.
+# Fields of BiRefNetConfig that shape the network. Any of these options starts a new network.
 ARCHITECTURE_FIELDS = {
     "backbone": "of a new network: swin_v1_t/s/b/l, dino_v3_s/s_plus/b/l/h_plus/7b, or a timm model's name",
     "multi_scale_input": "of a new network: concat, add or none",
@@ -50,7 +70,7 @@ ARCHITECTURE_FIELDS = {
     "gradient_reference": "of a new network: true or false",
     "multi_scale_supervision": "of a new network: true or false",
 }
-# Fields that say how it learns: they go with fine-tuning as well.
+# Fields of BiRefNetConfig that change only the training. They are allowed in fine-tuning too.
 LEARNING_FIELDS = {
     "drop_path_rate": "stochastic depth, in [0, 1)",
     "freeze_backbone": "true leaves the backbone as it is",
@@ -58,29 +78,26 @@ LEARNING_FIELDS = {
     "loss_weights": """instead of the task's: JSON such as '{"bce": 30, "ssim": 10}'""",
 }
 
-PUBLISHED_LEARNING_RATES = {"dis": 1e-4, "general": 1e-5, "matting": 1e-5}
-PUBLISHED_EPOCHS = {"dis": 500, "general": 200, "matting": 150}
-FINE_TUNING_EPOCHS = 20
-DEFAULT_RESOLUTION = 1024
+DEFAULT_RESOLUTION = 1024  # of new networks
 
 LESS_MEMORY = (
-    "What takes less memory: --bf16, a smaller --batch-size with "
-    "--gradient-accumulation-steps, --gradient-checkpointing, --lora-rank 8, a smaller --resolution."
+    "To save memory: --bf16, a smaller --batch-size with --gradient-accumulation-steps, --gradient-checkpointing, "
+    "--lora-rank 8, or a smaller --resolution."
 )
 
 EXAMPLES = """examples:
-  fine-tune the weights in this repository on a folder with im/ and gt/
-    birefnet train --data my_photos --output my_model --resolution 512
+  fine-tune the weights in this repository on a folder with im/ (photos) and gt/ (masks of the same names)
+    birefnet train --data my_photos --output my_model
   fine-tune another model, validate on its own data
     birefnet train --model OWNER/NAME --data train/ --validation-data validation/ --output my_model --bf16
-  train a small network from scratch
+  train a small network from scratch, as published
     birefnet train --backbone swin_v1_t --decoder-channels 32 --data 'train-*.parquet' --output my_model
   on a small GPU
     birefnet train --model ZhengPeng7/BiRefNet --data my_photos --output my_model --bf16 --batch-size 1 \\
         --gradient-accumulation-steps 4 --gradient-checkpointing --lora-rank 8
   on several GPUs
     accelerate launch --num_processes 4 -m birefnet train --data my_photos --output my_model
-  go on after an interruption
+  continue after an interruption
     birefnet train … (the same arguments) --resume
 """
 
@@ -104,12 +121,12 @@ def _add_data_arguments(group):
         metavar="SOURCE",
         help="folders with im/ and gt/, parquet files, globs, or Hub data sets (owner/name or owner/name:split)",
     )
-    group.add_argument("--validation-data", nargs="+", metavar="SOURCE", help="likewise, to validate on")
+    group.add_argument("--validation-data", nargs="+", metavar="SOURCE", help="data to validate on, in the same forms")
     group.add_argument(
         "--validation-share",
         type=float,
-        default=0.1,
-        help="share of the data that is held out to validate on where there is no --validation-data (default: 0.1)",
+        help="share of the data to hold out for validation if there is no --validation-data (default: 0.1, at least "
+        "4 photos if there are 20 or more)",
     )
     group.add_argument("--image-column", default="image", help="column of the photos in tables (default: image)")
     group.add_argument("--mask-column", default="mask", help="column of the masks in tables (default: mask)")
@@ -117,15 +134,15 @@ def _add_data_arguments(group):
         "--on-bad-data",
         choices=("skip", "stop"),
         default="skip",
-        help="unreadable photos, masks of another size, all-black masks, losses that are not finite: report and "
-        "leave out, or stop (default: skip)",
+        help="what to do with unreadable photos, masks of another size, all-black masks and losses that are not "
+        "finite: report and skip them, or stop (default: skip)",
     )
     group.add_argument(
         "--cache",
         choices=("auto", "memory", "device", "none"),
         default="auto",
-        help="where resized photos are kept: in memory, in the memory of the training device, or nowhere "
-        "(default: auto, in memory where they fit into half of what is free)",
+        help="where to keep resized photos: in memory, in the memory of the training device, or nowhere "
+        "(default: auto, in memory if they fit into half of the free memory)",
     )
 
 
@@ -144,7 +161,7 @@ def _add_model_arguments(group):
         nargs="?",
         const=True,
         metavar="FILE",
-        help="start the backbone of a new network from its ImageNet weights: those of FILE, or what timm fetches",
+        help="start the backbone of a new network from ImageNet weights: from FILE, or downloaded by timm",
     )
     group.add_argument(
         "--lora-rank", type=int, help="train low-rank adapters of the backbone instead of the backbone itself"
@@ -155,62 +172,93 @@ def _add_model_arguments(group):
         type=int,
         nargs=2,
         metavar=("SMALLEST", "LARGEST"),
-        help="give every batch its own height and width in this range (published: 256 2304); photos are validated at "
+        help="give each batch a random height and width in this range (published: 256 2304); validation uses "
         "--resolution",
     )
 
 
 def _add_schedule_arguments(group):
+    group.add_argument(
+        "--recipe",
+        choices=("fine-tuning", "published"),
+        help="default settings for all options below: safe ones for fine-tuning on few photos, or the published ones "
+        "for a long training on several GPUs (default: fine-tuning for a trained model, published for a new network)",
+    )
     group.add_argument("--batch-size", type=int, default=4, help="photos in a batch on each device (default: 4)")
     group.add_argument("--gradient-accumulation-steps", type=int, default=1, help="batches in an update (default: 1)")
     length = group.add_mutually_exclusive_group()
     length.add_argument(
         "--epochs",
         type=float,
-        help=f"passes over the data (default: {FINE_TUNING_EPOCHS} to fine-tune; from scratch what was published "
-        "for the task)",
+        help="passes over the data (fine-tuning: about 80 updates, in 2 to 40 epochs; published: 200 for the "
+        "general task, a tenth of it for a trained model)",
     )
     length.add_argument("--max-steps", type=int, default=-1, help="number of updates, instead of --epochs")
     group.add_argument(
-        "--last-epochs",
-        type=int,
-        help="epochs at the end with region-level losses (default: as published for the task)",
+        "--last-epochs", type=int, help="epochs at the end with region-level losses (fine-tuning: 0; published: 20)"
     )
-    group.add_argument("--learning-rate", type=float, help="default: as published for task and batch size")
-    group.add_argument("--backbone-learning-rate", type=float, help="default: that of the rest")
+    group.add_argument(
+        "--learning-rate", type=float, help="fine-tuning: 2e-4; published: 1e-5 · √(batch/4), for dis ten times that"
+    )
+    group.add_argument(
+        "--backbone-learning-rate",
+        type=float,
+        help="fine-tuning: 1e-4, or 2e-5 for transformers, or --learning-rate if it is lower; published: the same as "
+        "--learning-rate",
+    )
     group.add_argument(
         "--schedule",
-        default="constant",
         choices=("constant", "constant_with_warmup", "linear", "cosine"),
-        help="course of the learning rate (default: constant)",
+        help="learning rate schedule (fine-tuning: cosine; published: constant)",
     )
-    group.add_argument("--warmup-steps", type=int, default=0, help="updates until the full learning rate (default: 0)")
-    group.add_argument("--weight-decay", type=float, default=1e-2, help="default: 0.01")
-    group.add_argument("--max-grad-norm", type=float, default=0.0, help="clips gradients to this norm (default: off)")
     group.add_argument(
-        "--ema-decay", type=float, default=0.0, help="average the weights, as with 0.999 (default: off)"
+        "--warmup-steps",
+        type=float,
+        help="updates until the full learning rate, or below 1 their share (fine-tuning: 0.2; published: 0)",
+    )
+    group.add_argument("--weight-decay", type=float, help="default: 0.01")
+    group.add_argument(
+        "--max-grad-norm", type=float, help="clip gradients to this norm (fine-tuning: 1; published: 0, off)"
+    )
+    group.add_argument(
+        "--ema-decay", type=float, help="moving average of the weights (fine-tuning: 0.98; published: 0, off)"
     )
     precision = group.add_mutually_exclusive_group()
-    precision.add_argument("--bf16", action="store_true", help="mixed precision in bfloat16")
+    precision.add_argument(
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        help="mixed precision in bfloat16 (fine-tuning: if the device has fast bfloat16; published: off)",
+    )
     precision.add_argument("--fp16", action="store_true", help="mixed precision in float16")
     group.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     group.add_argument("--compile", action="store_true", help="compile the network")
-    group.add_argument("--cpu", action="store_true", help="train on the CPU even where there is a GPU")
+    group.add_argument("--cpu", action="store_true", help="train on the CPU even if there is a GPU")
     group.add_argument("--seed", type=int, default=42, help="default: 42")
 
 
 def _add_augmentation_arguments(group):
-    defaults = AugmentationSettings()
-    group.add_argument("--flip", type=float, default=defaults.flip, help="probability of a flip (default: 0.5)")
+    group.add_argument("--flip", type=float, help="probability of a horizontal flip (default: 0.5)")
     group.add_argument(
-        "--crop", type=float, default=defaults.crop, help="smallest share of a side that crops keep (default: 1, none)"
+        "--crop",
+        type=float,
+        help="smallest share of a side that crops keep (fine-tuning: 0.8; published: 1, no crops)",
     )
-    group.add_argument("--rotate", type=float, default=defaults.rotate, help="probability of ±15° (default: 0.2)")
-    group.add_argument("--noise", type=float, default=defaults.noise, help="share of noisy pixels (default: 0.0015)")
+    group.add_argument("--rotate", type=float, help="probability of a rotation by up to ±15° (default: 0.2)")
+    group.add_argument("--noise", type=float, help="share of noisy pixels (fine-tuning: 0; published: 0.0015)")
     group.add_argument(
-        "--background", type=float, default=0.0, help="probability of another, plain background (default: 0)"
+        "--background",
+        type=float,
+        default=0.0,
+        help="probability of a plain background instead of the photo's own (default: 0)",
     )
-    group.add_argument("--no-color", action="store_true", help="leave brightness, contrast, saturation, sharpness")
+    group.add_argument(
+        "--no-color",
+        dest="color",
+        action="store_const",
+        const=0.0,
+        help="do not change brightness, contrast, saturation and sharpness (fine-tuning changes them by 0.4 of the "
+        "published strength)",
+    )
 
 
 def _add_output_arguments(group):
@@ -220,7 +268,7 @@ def _add_output_arguments(group):
         nargs="?",
         const="last",
         metavar="CHECKPOINT",
-        help="go on from a checkpoint folder (default: the last one under --output)",
+        help="continue from a checkpoint folder (default: the last one under --output)",
     )
     group.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the trained model to this repository")
     group.add_argument("--private", action="store_true", help="create that repository as a private one")
@@ -230,7 +278,7 @@ def _add_output_arguments(group):
 
 
 def config_value(text: str):
-    """A configuration field from the command line: JSON, or the text itself; `none` stands for null.
+    """Parses a configuration field from the command line: JSON, else plain text. `none` means null.
 
     >>> config_value("64"), config_value("none"), config_value("concat"), config_value("false")
     (64, None, 'concat', False)
@@ -244,14 +292,15 @@ def config_value(text: str):
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the command; returns its exit code.
+    """Runs the command and returns its exit code.
 
     Raises:
-        CommandError: What ends the training, in a sentence.
+        CommandError: The training cannot go on. The message says why.
     """
     is_first = int(os.environ.get("RANK", 0)) == 0
-    disable_progress_bar()  # of every weights file that is written; the training's own bar stays
+    disable_progress_bar()  # Hides the bar of each weights file. The training's own bar stays.
     logging.basicConfig(level=logging.WARNING if is_first else logging.ERROR, format="%(message)s")
+    logging.getLogger("birefnet.training").setLevel(logging.INFO if is_first else logging.ERROR)
     try:
         result = train(arguments)
     except torch.OutOfMemoryError as error:
@@ -267,8 +316,9 @@ def train(arguments: argparse.Namespace) -> dict[str, float | str]:
     """Trains as the options say and writes the model's folder.
 
     Returns:
-        `model`, the folder, and where there is validation the MAE of the model in it (`mae`), with that before
-        training (`mae_before`) of a model that was fine-tuned.
+        `model`, the folder, and `result`, the verdict in words. With validation data also `mae` and `iou` of the
+        model in the folder, `mae_last` and `iou_last` after the last epoch, and, in fine-tuning, `mae_before` and
+        `iou_before`.
     """
     checkpoint = find_checkpoint(arguments)
     if arguments.push_to_hub:
@@ -278,28 +328,34 @@ def train(arguments: argparse.Namespace) -> dict[str, float | str]:
     trainer = build_trainer(arguments, model, processor, checkpoint)
     best = BestModelCallback(trainer, arguments)
     trainer.add_callback(best)
-    # The data's order has a generator of its own; augmentation and dropout must differ between processes.
+    # The data's order has a generator of its own. Augmentation and dropout must differ between processes.
     torch.manual_seed(arguments.seed + trainer.args.process_index)
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.eval_dataset is None:
         best.save(trainer.state)
     trainer.save_state()
-    if arguments.push_to_hub and trainer.args.should_save:
-        _push(arguments)
-    # A process that leaves with its connections to the others open can be aborted on the way out.
+    if trainer.args.should_save:
+        write_report(trainer, arguments)
+        if arguments.push_to_hub:
+            _push(arguments)
+    # A process that exits while its connections to the others are open can be aborted.
     trainer.accelerator.end_training()
-    measured = {"mae_before": best.mae_before(trainer.state), "mae": trainer.state.best_metric}
-    return {"model": str(arguments.output), **{name: value for name, value in measured.items() if value is not None}}
+    course = course_of(trainer.state)
+    validated = len(trainer.eval_dataset) if trainer.eval_dataset else 0
+    return {"model": str(arguments.output), "result": verdict(course, validated), **results(course)}
 
 
 def build_trainer(arguments: argparse.Namespace, model, processor, checkpoint: str | None = None) -> BiRefNetTrainer:
-    """The trainer with its data, schedule and logs, to start anew or from a checkpoint."""
+    """Builds the trainer with its data, schedule and logs. Fills in all options that were left open."""
     size = (processor.size["height"], processor.size["width"])
+    pairs, held_out = read_data(arguments)
+    recipe = choose_recipe(arguments, model.config, len(pairs))
+    _fill_in(arguments, recipe)
     settings = augmentation_settings(arguments)
-    training_data, validation_data = build_datasets(arguments, size, settings)
+    training_data, validation_data = build_datasets(arguments, pairs, held_out, size, settings)
     trainer = BiRefNetTrainer(
         model=model,
-        args=training_arguments(arguments, model.config.task, training_data, validation_data, checkpoint),
+        args=training_arguments(arguments, training_data, validation_data, checkpoint),
         train_dataset=training_data,
         eval_dataset=validation_data,
         processing_class=processor,
@@ -309,21 +365,65 @@ def build_trainer(arguments: argparse.Namespace, model, processor, checkpoint: s
         backbone_learning_rate=arguments.backbone_learning_rate,
         average_decay=arguments.ema_decay,
         on_bad_loss=arguments.on_bad_data,
+        batch_statistics=recipe.batch_statistics,
     )
     if arguments.cache == "device":
         training_data.pixels = training_data.pixels.to(trainer.args.device)
     trainer.add_callback(LossScheduleCallback(arguments.last_epochs))
-    if is_tensorboard_available() and trainer.args.should_save:
+    if validation_data is not None:
+        trainer.add_callback(ValidationWatch())
+    if trainer.args.should_save:
+        _add_logs(trainer, arguments)
+    return trainer
+
+
+def _add_logs(trainer: BiRefNetTrainer, arguments: argparse.Namespace):
+    """Adds TensorBoard, if it is installed, and sample mattes."""
+    writer = None
+    if is_tensorboard_available():
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(arguments.output / "logs"))
         trainer.add_callback(TensorBoardCallback(writer))
-        trainer.add_callback(SampleMattesCallback(trainer, writer))
-    return trainer
+    if trainer.eval_dataset is not None:
+        trainer.add_callback(SampleMattes(trainer, samples_folder(arguments.output), writer))
+
+
+def choose_recipe(arguments: argparse.Namespace, config, photos: int) -> Recipe:
+    """The recipe that --recipe names. By default, trained models are fine-tuned and new networks train as published.
+
+    Args:
+        arguments: The options.
+        config: Configuration of the network.
+        photos: Number of training photos.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    batch = arguments.batch_size * arguments.gradient_accumulation_steps * processes
+    is_new = from_scratch(arguments)
+    if (arguments.recipe or ("published" if is_new else "fine-tuning")) == "published":
+        if not is_new:
+            logger.warning(
+                "--recipe published mixes the statistics of small batches into a trained model's batch norms. This "
+                "can make the model useless. Without the option, the statistics stay as they are."
+            )
+        return published_recipe(config.task, batch, fine_tunes=not is_new)
+    return fine_tuning_recipe(photos, batch, backbone_kind(config.backbone))
+
+
+def _fill_in(arguments: argparse.Namespace, recipe: Recipe):
+    """Fills in the options that were left open."""
+    if arguments.backbone_learning_rate is None and arguments.learning_rate is not None:
+        rate = recipe.backbone_learning_rate
+        arguments.backbone_learning_rate = None if rate is None else min(rate, arguments.learning_rate)
+    fill_in(arguments, recipe)
+    if arguments.bf16 is None:
+        has_accelerator = torch.accelerator.is_available() and not arguments.cpu
+        device = torch.accelerator.current_accelerator() if has_accelerator else torch.device("cpu")
+        arguments.bf16 = not recipe.batch_statistics and not arguments.fp16 and computes_in_bfloat16(device)
 
 
 def build_model(arguments: argparse.Namespace):
-    """The network, from scratch or with its weights, and the image processor at the training resolution."""
+    """Builds the network, new or with trained weights, and the image processor at the training resolution."""
     learning = {field: value for field, value in vars(arguments).items() if field in LEARNING_FIELDS}
     if from_scratch(arguments):
         model, processor = _new_model(arguments, learning)
@@ -334,10 +434,10 @@ def build_model(arguments: argparse.Namespace):
     if arguments.lora_rank:
         add_low_rank_adapters(model, arguments.lora_rank)
     if arguments.gradient_checkpointing:
-        # Its newer name in transformers; the older one warns there.
+        # transformers has renamed this method. The old name warns in new versions.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     _set_resolution(processor, arguments)
-    # Convolutions are faster in this layout, on CPUs and GPUs; what is saved is the same.
+    # Convolutions are faster in this layout on CPUs and GPUs. It does not change the saved file.
     return model.to(memory_format=torch.channels_last), processor
 
 
@@ -349,7 +449,10 @@ def _new_model(arguments: argparse.Namespace, learning: dict):
     given = {field: value for field, value in vars(arguments).items() if field in ARCHITECTURE_FIELDS}
     if arguments.model:
         options = ", ".join(f"--{field.replace('_', '-')}" for field in given) or "--init-config"
-        raise UsageError(f"--model has its own network: leave out {options} to fine-tune, or --model to start new.")
+        raise UsageError(
+            f"--model and {options} exclude each other: a trained model has its own network. Leave out {options} to "
+            "fine-tune, or --model to train a new network."
+        )
     fields, source = {**given, **learning}, arguments.init_config
     config = AutoConfig.from_pretrained(source, **fields) if source else AutoConfig.for_model("birefnet", **fields)
     model = AutoModelForImageSegmentation.from_config(config)
@@ -360,7 +463,7 @@ def _new_model(arguments: argparse.Namespace, learning: dict):
 
 
 def _set_resolution(processor, arguments: argparse.Namespace):
-    """Tells the processor the size of the pictures that the model is trained for."""
+    """Sets the processor's picture size to the size that the model is trained at."""
     default = DEFAULT_RESOLUTION if from_scratch(arguments) else processor.size["height"]
     side = arguments.resolution or default
     bounds = arguments.dynamic_resolution or ()
@@ -368,7 +471,7 @@ def _set_resolution(processor, arguments: argparse.Namespace):
         if length < 32 or length % 32:
             raise UsageError(f"{option} {length} is not a positive multiple of 32.")
     if bounds and bounds[0] > bounds[1]:
-        raise UsageError(f"--dynamic-resolution {bounds[0]} {bounds[1]}: the smallest side comes first.")
+        raise UsageError(f"--dynamic-resolution {bounds[0]} {bounds[1]}: give the smaller side first.")
     processor.size = {"height": side, "width": side}
     processor.do_dynamic_resize = bool(bounds)
     if bounds:
@@ -376,20 +479,27 @@ def _set_resolution(processor, arguments: argparse.Namespace):
 
 
 def from_scratch(arguments: argparse.Namespace) -> bool:
-    """Whether the options describe a new network."""
+    """Whether the options ask for a new network."""
     return bool(arguments.init_config) or any(field in arguments for field in ARCHITECTURE_FIELDS)
 
 
-def build_datasets(
-    arguments: argparse.Namespace, size: tuple[int, int], settings: AugmentationSettings
-) -> tuple[MattingDataset, MattingDataset | None]:
-    """Training and validation data; the latter is held out of the former where it has no source of its own."""
+def read_data(arguments: argparse.Namespace) -> tuple[list[Pair], list[Pair]]:
+    """Lists the pairs to train on and those to validate on. Without --validation-data the latter are held out."""
     columns = (arguments.image_column, arguments.mask_column)
     pairs = read_pairs(arguments.data, *columns)
     if arguments.validation_data:
-        held_out = read_pairs(arguments.validation_data, *columns)
-    else:
-        pairs, held_out = split_pairs(pairs, arguments.validation_share, arguments.seed)
+        return pairs, read_pairs(arguments.validation_data, *columns)
+    return split_pairs(pairs, arguments.validation_share, arguments.seed)
+
+
+def build_datasets(
+    arguments: argparse.Namespace,
+    pairs: list[Pair],
+    held_out: list[Pair],
+    size: tuple[int, int],
+    settings: AugmentationSettings,
+) -> tuple[MattingDataset, MattingDataset | None]:
+    """Training and validation data; `None` for the latter if no pair is held out."""
     cache = {"auto": None, "none": False}.get(arguments.cache, True)
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     largest = (arguments.dynamic_resolution[1],) * 2 if arguments.dynamic_resolution else size
@@ -401,13 +511,21 @@ def build_datasets(
     return training_data, MattingDataset(held_out, size, arguments.on_bad_data, cache, show_progress=first)
 
 
-def split_pairs(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Holds out a random share of the pairs, at least one of them unless the share is 0.
+def split_pairs(pairs: list[Pair], share: float | None, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Holds out a random share of the pairs, at least one pair unless the share is 0.
+
+    Args:
+        pairs: All pairs.
+        share: In [0, 1). `None`: a tenth, but at least 4 of 20 or more pairs, because an average over fewer photos
+            says little.
+        seed: Chooses the pairs.
 
     Raises:
         UsageError: The share is not in [0, 1).
         ValueError: Nothing is left to train on.
     """
+    if share is None:
+        share = max(0.1, 4 / len(pairs)) if len(pairs) >= 20 else 0.1
     if not 0 <= share < 1:
         raise UsageError(f"--validation-share {share} is not at least 0 and below 1.")
     count = max(1, round(share * len(pairs))) if share else 0
@@ -421,38 +539,33 @@ def split_pairs(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair],
 
 
 def augmentation_settings(arguments: argparse.Namespace) -> AugmentationSettings:
-    """The options of augmentation."""
-    still = dict.fromkeys(("brightness", "contrast", "saturation", "sharpness"), (1.0, 1.0))
+    """The settings of the augmentation options."""
     return AugmentationSettings(
         flip=arguments.flip,
         crop=arguments.crop,
         rotate=arguments.rotate,
         noise=arguments.noise,
         background=arguments.background,
-        **(still if arguments.no_color else {}),
+        **color_ranges(arguments.color),
     )
 
 
 def training_arguments(
     arguments: argparse.Namespace,
-    task: str,
     training_data: MattingDataset,
     validation_data: MattingDataset | None,
     checkpoint: str | None = None,
 ) -> TrainingArguments:
-    """The `TrainingArguments`, with the published recipe of the task where the options leave something open."""
+    """The `TrainingArguments` of options without open values."""
     validates = validation_data is not None
-    epochs = PUBLISHED_EPOCHS[task] if from_scratch(arguments) else FINE_TUNING_EPOCHS
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    batch = arguments.batch_size * arguments.gradient_accumulation_steps * processes
     return TrainingArguments(
         output_dir=str(checkpoints_folder(arguments.output)),
         per_device_train_batch_size=arguments.batch_size,
         per_device_eval_batch_size=arguments.batch_size,
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-        num_train_epochs=epochs if arguments.epochs is None else arguments.epochs,
+        num_train_epochs=arguments.epochs,
         max_steps=arguments.max_steps,
-        learning_rate=arguments.learning_rate or PUBLISHED_LEARNING_RATES[task] * (batch / 4) ** 0.5,
+        learning_rate=arguments.learning_rate,
         lr_scheduler_type=arguments.schedule,
         warmup_steps=arguments.warmup_steps,
         weight_decay=arguments.weight_decay,
@@ -460,7 +573,8 @@ def training_arguments(
         bf16=arguments.bf16,
         fp16=arguments.fp16,
         torch_compile=arguments.compile,
-        use_cpu=arguments.cpu or not torch.accelerator.is_available(),  # else transformers refuses bf16 there
+        # Without this, transformers refuses bf16 on a machine that has no accelerator.
+        use_cpu=arguments.cpu or not torch.accelerator.is_available(),
         seed=arguments.seed,
         eval_strategy="epoch" if validates else "no",
         eval_on_start=validates and starts_with_validation(arguments, checkpoint),
@@ -468,21 +582,21 @@ def training_arguments(
         save_steps=arguments.save_steps or 500,
         save_total_limit=arguments.keep_checkpoints,
         logging_steps=arguments.logging_steps,
-        # A loss that is not finite is reported with its photos by the trainer, not hidden.
+        # The trainer reports losses that are not finite together with their photos. Do not hide them.
         logging_nan_inf_filter=False,
         report_to=[],
         remove_unused_columns=False,
-        # A cached batch is one index operation; photos that are read anew are read ahead.
+        # A batch from the cache is one index operation. Photos that are read anew are read ahead by workers.
         dataloader_num_workers=min(8, os.cpu_count() or 1) if training_data.pixels is None else 0,
         dataloader_pin_memory=False,
     )
 
 
 def starts_with_validation(arguments: argparse.Namespace, checkpoint: str | None) -> bool:
-    """Whether there is something to validate before the first update.
+    """Whether to validate before the first update.
 
-    There is what fine-tuning starts from, for it should improve on it; and the end of an epoch whose checkpoint was
-    written, as those of --save-steps are, before its validation.
+    Fine-tuning measures the model that it starts from. A resumed run validates first if its checkpoint was written at
+    the end of an epoch but before that epoch's validation, which happens with --save-steps.
     """
     if checkpoint is None:
         return not from_scratch(arguments)
@@ -492,23 +606,28 @@ def starts_with_validation(arguments: argparse.Namespace, checkpoint: str | None
 
 
 def checkpoints_folder(output: Path) -> Path:
-    """Where the states to resume from are kept, apart from the model's own files."""
+    """The folder of the states to resume from. The model's own files lie beside it."""
     return output / "checkpoints"
+
+
+def samples_folder(output: Path) -> Path:
+    """The folder of the sample mattes that the contact sheet is made of."""
+    return checkpoints_folder(output) / "samples"
 
 
 def find_checkpoint(arguments: argparse.Namespace) -> str | None:
     """The checkpoint to resume from, or `None` to start anew.
 
     Raises:
-        FileNotFoundError: The named checkpoint is none.
-        UsageError: There are checkpoints of an earlier run and no --resume.
+        FileNotFoundError: The given folder is no complete checkpoint.
+        UsageError: The output folder holds checkpoints of an earlier run, and --resume was not given.
     """
     folder = checkpoints_folder(arguments.output)
-    # The state file is written last: without it the checkpoint is half written.
+    # The state file is written last. A checkpoint without it is incomplete.
     states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name[11:]))
     if arguments.resume is None:
         if states:
-            raise UsageError(f"{folder} holds an earlier run: go on with --resume, or choose another --output.")
+            raise UsageError(f"{folder} holds an earlier run: continue it with --resume, or choose another --output.")
         return None
     if arguments.resume == "last":
         if not states:
@@ -520,7 +639,7 @@ def find_checkpoint(arguments: argparse.Namespace) -> str | None:
 
 
 class LossScheduleCallback(TrainerCallback):
-    """Sets the loss weights of every epoch: a function of the epoch, so that a resumed run continues it."""
+    """Sets the loss weights at the start of each epoch, from the epoch alone, so resumed runs have the same."""
 
     def __init__(self, last_epochs: int | None):
         self.last_epochs = last_epochs
@@ -536,59 +655,52 @@ class LossScheduleCallback(TrainerCallback):
 
 
 def default_last_epochs(task: str, epochs: int) -> int:
-    """The published number of last epochs, or their published share of a training that is shorter."""
+    """The published number of last epochs. A shorter training gets the same share of its epochs."""
     from birefnet.repository.loss_birefnet import TASK_LAST_EPOCHS
 
     return min(TASK_LAST_EPOCHS[task], round(epochs * TASK_LAST_EPOCHS[task] / PUBLISHED_EPOCHS[task]))
 
 
 class BestModelCallback(TrainerCallback):
-    """Writes the model's folder whenever the validation's MAE is the lowest so far.
+    """Writes the model's folder whenever the validation error, MAE + (1 − IoU), is the lowest so far.
 
-    The folder is complete at every moment of the training, and what fine-tuning started from is its first content.
+    The folder is complete at any time during the training. In fine-tuning it first holds the model as it was.
     """
 
     def __init__(self, trainer: BiRefNetTrainer, arguments: argparse.Namespace):
         self.trainer, self.arguments = trainer, arguments
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        if state.best_metric is not None and metrics["eval_mae"] >= state.best_metric:
+        error = error_of(metrics["eval_mae"], metrics["eval_iou"])
+        if state.best_metric is not None and error >= state.best_metric:
             return
-        state.best_metric = metrics["eval_mae"]
-        self.save(state, metrics)
+        state.best_metric = error
+        self.save(state)
 
-    def save(self, state, metrics: dict[str, float] | None = None):
+    def save(self, state):
         """Writes the folder of the model as it is now."""
         if self.trainer.args.should_save:
-            card = training_card(self.arguments, self.trainer, state, metrics or {})
-            save_model_folder(self.trainer, self.arguments.output, card)
-
-    @staticmethod
-    def mae_before(state) -> float | None:
-        """The validation's MAE before the first update, if it was measured."""
-        return next(
-            (entry["eval_mae"] for entry in state.log_history if entry["step"] == 0 and "eval_mae" in entry), None
-        )
+            save_model_folder(self.trainer, self.arguments.output, training_card(self.arguments, self.trainer, state))
 
 
-class SampleMattesCallback(TrainerCallback):
-    """Shows a few validation photos with mask and matte in TensorBoard."""
-
-    count = 4
-
-    def __init__(self, trainer: BiRefNetTrainer, writer):
-        self.trainer, self.writer = trainer, writer
-
-    def on_evaluate(self, args, state, control, **kwargs):
-        total = len(self.trainer.eval_dataset)
-        for row in range(0, total, -(-total // self.count)):
-            self.writer.add_image(f"validation/{row}", self.trainer.sample_matte(row), state.global_step)
+def write_report(trainer: BiRefNetTrainer, arguments: argparse.Namespace):
+    """Writes curve and contact sheet beside the model, and the whole course into its card. Logs the verdict."""
+    folder, course = arguments.output, course_of(trainer.state)
+    if course.last is not None:
+        draw_curve(course, trainer.state, folder / CURVE_FILE)
+        samples = next(c for c in trainer.callback_handler.callbacks if isinstance(c, SampleMattes))
+        samples.sheet().save(folder / SHEET_FILE)
+    card = folder / "README.md"
+    partial = card.with_suffix(".partial")
+    partial.write_text(training_card(arguments, trainer, trainer.state, is_final=True), encoding="utf-8")
+    os.replace(partial, card)
+    logger.info("%s", verdict(course, len(trainer.eval_dataset) if trainer.eval_dataset else 0))
 
 
 def save_model_folder(trainer: BiRefNetTrainer, folder: Path, card: str):
-    """Writes weights, configuration, processor, code and card: all that `from_pretrained` and `birefnet` need.
+    """Writes weights, configuration, processor, code and card: all files that `from_pretrained` and `birefnet` need.
 
-    Everything is written beside its place first and then moved, so that an interruption leaves the former files.
+    The files are written to a folder beside their place and then moved, so an interruption leaves the earlier files.
     """
     partial = folder / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -600,7 +712,7 @@ def save_model_folder(trainer: BiRefNetTrainer, folder: Path, card: str):
 
 
 def _create_hub_repository(arguments: argparse.Namespace):
-    """Creates the repository before training, so that a missing permission shows now and not after it."""
+    """Creates the repository before the training, so that a missing permission shows at once."""
     from huggingface_hub import HfApi
 
     if int(os.environ.get("RANK", 0)) == 0:

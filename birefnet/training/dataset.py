@@ -19,22 +19,22 @@ logger = logging.getLogger(__name__)
 
 
 class MattingDataset(torch.utils.data.Dataset):
-    """Photos and masks resized to one size, handed out batch by batch as 8-bit tensors.
+    """Photos and masks of one size, as batches of 8-bit tensors.
 
-    Every pair is decoded once on construction, which finds the bad ones; with `cache` the resized result is kept, so
-    that an epoch costs no decoding.
+    The constructor decodes each pair once to find bad pairs. With `cache` it keeps the resized pictures, so later
+    epochs decode nothing.
 
     Args:
-        pairs: The pairs, of which the bad ones are left out.
-        size: Height and width in pixels that photos and masks are resized to.
-        on_bad_data: "skip" reports a bad pair and leaves it out; "stop" raises.
-        cache: Whether to keep the resized pictures in memory: 4·height·width bytes for each pair. `None`: where they
-            fit into half of the free memory.
-        workers: Threads that decode.
+        pairs: The pairs. Bad ones are skipped.
+        size: Height and width in pixels to resize photos and masks to.
+        on_bad_data: "skip" reports a bad pair and skips it; "stop" raises.
+        cache: Whether to keep the resized pictures in memory: 4·height·width bytes for each pair. `None`: if they fit
+            into half of the free memory.
+        workers: Number of threads that decode.
         show_progress: Whether to show a progress bar on a terminal.
 
     Attributes:
-        pairs: The good pairs, in the order given.
+        pairs: The good pairs in the given order.
 
     Raises:
         BadPairError: A pair is bad and `on_bad_data` is "stop".
@@ -77,7 +77,7 @@ class MattingDataset(torch.utils.data.Dataset):
                 pixels[row] = squared
 
         kept, bad = [], 0
-        hidden = None if show_progress else True  # None: hidden unless on a terminal
+        hidden = None if show_progress else True  # None hides the bar unless the output is a terminal.
         with ThreadPoolExecutor(self.workers) as threads:
             outcomes = threads.map(decode, range(len(pairs)))
             for row, error in enumerate(tqdm(outcomes, "reading photos", len(pairs), disable=hidden)):
@@ -88,9 +88,9 @@ class MattingDataset(torch.utils.data.Dataset):
                     raise error
                 else:
                     bad += 1
-                    logger.warning("Left out: %s", error)
+                    logger.warning("Skipped: %s", error)
         if bad:
-            logger.warning("%d of %d pairs are left out.", bad, len(pairs))
+            logger.warning("%d of %d pairs were skipped.", bad, len(pairs))
         return kept
 
     def __len__(self) -> int:
@@ -118,19 +118,19 @@ class MattingDataset(torch.utils.data.Dataset):
 
 
 def resize_pair(photo: Image.Image, mask: Image.Image, size: tuple[int, int]) -> torch.Tensor:
-    """Resizes as the image processor does (bilinear, antialiased), to a (4, height, width) uint8 tensor."""
+    """Resizes like the image processor (bilinear, antialiased). Returns a uint8 tensor (4, height, width)."""
     height, width = size
     resized = [np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR)) for picture in (photo, mask)]
     return torch.from_numpy(np.concatenate([resized[0].transpose(2, 0, 1), resized[1][None]]))
 
 
 def as_batch(batch: dict) -> dict:
-    """The data loader's collate function: `MattingDataset` hands out whole batches already."""
+    """The data loader's collate function. It does nothing: `MattingDataset` returns whole batches."""
     return batch
 
 
 def free_memory() -> int:
-    """Bytes of memory that this process may fill: the free memory shared by the processes of one machine."""
+    """Free memory in bytes, divided by the number of training processes on this machine."""
     import psutil
 
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -1,4 +1,4 @@
-"""ImageNet weights for the backbone of a network that is trained from scratch: fetched by timm, or from a file."""
+"""ImageNet weights for the backbone of a new network, downloaded by timm or read from a file."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ SWIN_SOURCES = {
 
 
 def load_imagenet_weights(model, file: str | Path | None = None):
-    """Gives the backbone of a `BiRefNetForImageSegmentation` its ImageNet weights.
+    """Loads ImageNet weights into the backbone of a `BiRefNetForImageSegmentation`.
 
     Args:
         model: The new network.
-        file: The classifier's weights as `.safetensors` or `.pth`, with timm's names; or, as ports of a network have
-            them, with other names for the same tensors in the same order, which `.pth` alone keeps. Without a file,
-            timm fetches its own.
+        file: The classifier's weights as `.safetensors` or `.pth`, with timm's names. A `.pth` file of another
+            implementation works too if it has the same tensors in the same order. Without a file, timm downloads its
+            own weights.
 
     Raises:
         ImportError: timm is not installed.
-        OSError: The weights are out of reach, timm has none for this network, or those of the file are of another.
+        OSError: The weights cannot be downloaded, timm has none for this network, or the file belongs to another
+            network.
     """
     try:
         import timm
@@ -43,11 +44,12 @@ def load_imagenet_weights(model, file: str | Path | None = None):
             source = rename_swin(timm.create_model(name, **_pretrained(timm, name, file)).state_dict())
         else:
             source = _timm_features(timm, backbone, file)
-    # Offline, huggingface_hub raises its own errors and those of its HTTP client; timm a RuntimeError without weights.
+    # Offline, huggingface_hub raises its own errors and those of its HTTP client. Without weights, timm raises a
+    # RuntimeError.
     except Exception as error:
-        raise OSError(f"The ImageNet weights of {backbone} cannot be had: {error}") from error
+        raise OSError(f"The ImageNet weights of {backbone} cannot be loaded: {error}") from error
     missing, _ = model.bb.load_state_dict(source, strict=False)
-    # The norms on the stages' outputs are new, and index tables are computed; all else has to be there.
+    # The norms on the stages' outputs are new, and index tables are computed. Everything else must be in the file.
     unexplained = [name for name in missing if not re.match(r"norm\d\.|.*relative_position_index", name)]
     if unexplained:
         raise OSError(f"The ImageNet weights of {backbone} lack {unexplained[0]} and {len(unexplained) - 1} more.")
@@ -62,23 +64,28 @@ def _timm_features(timm, backbone: str, file: str | Path | None) -> dict[str, to
 
 
 def _pretrained(timm, name: str, file: str | Path | None) -> dict:
-    """Arguments of `timm.create_model` that give the model `name` the weights of the file, or those timm fetches."""
+    """Arguments of `timm.create_model` that load the file's weights into the model `name`, or download weights."""
     if file is None:
         return {"pretrained": True}
     with torch.device("meta"):
         expected = timm.create_model(name).state_dict()
     state_dict = read_checkpoint(file)
     if state_dict.keys() != expected.keys() and len(state_dict) == len(expected):
-        state_dict = dict(zip(expected, state_dict.values(), strict=True))  # ports keep the order
+        state_dict = dict(zip(expected, state_dict.values(), strict=True))  # Other implementations keep the order.
     if {key: value.shape for key, value in state_dict.items()} != {k: value.shape for k, value in expected.items()}:
-        raise ValueError(f"{file} has not the tensors of timm's {name}: neither its names nor its shapes in order.")
+        raise ValueError(
+            f"{file} does not hold the tensors of timm's {name}: neither the names nor the shapes in order agree."
+        )
     return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": state_dict}}
 
 
 def rename_swin(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """timm's Swin names become ours: it merges patches at the start of a stage, the official files at the end."""
+    """Renames timm's Swin tensors to the official names.
+
+    timm merges patches at the start of a stage, the official files at the end of the stage before.
+    """
     return {
         re.sub(r"^layers\.(\d)\.downsample", lambda match: f"layers.{int(match[1]) - 1}.downsample", name): tensor
         for name, tensor in state_dict.items()
-        if not name.startswith(("head.", "norm."))  # the classifier's
+        if not name.startswith(("head.", "norm."))  # of the classifier
     }

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA) in the backbone, for fine-tuning where memory is short, and their merging."""
+"""Low-rank adapters (LoRA) in the backbone, to fine-tune with less memory."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import nn
 
 
 def add_low_rank_adapters(model, rank: int):
-    """Freezes the backbone and adds trainable low-rank adapters to it, in place; everything else keeps training.
+    """Freezes the backbone and adds trainable low-rank adapters to it, in place. Everything else stays trainable.
 
-    The adapters sit on the backbone's linear layers, or on its convolutions where it has no linear ones.
+    The adapters are added to the backbone's linear layers. If it has none, they are added to its convolutions.
 
     Args:
         model: A `BiRefNetForImageSegmentation`.
@@ -30,7 +30,7 @@ def add_low_rank_adapters(model, rank: int):
 
     layers = {f"bb.{name}": layer for name, layer in model.bb.named_modules()}
     targets = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
-    # peft refuses ranks that a grouped convolution's groups do not divide.
+    # peft refuses a grouped convolution if the number of groups does not divide the rank.
     targets = targets or [name for name, layer in layers.items() if isinstance(layer, nn.Conv2d) and layer.groups == 1]
     rest = [p for name, p in model.named_parameters() if not name.startswith("bb.") and p.requires_grad]
     LoraModel(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), "default")
@@ -39,7 +39,7 @@ def add_low_rank_adapters(model, rank: int):
 
 
 def merged(model):
-    """The model with its adapters added to the weights: a copy, or the model itself where it has none."""
+    """A copy of the model with its adapters merged into the weights. Without adapters, the model itself."""
     if not hasattr(model, "peft_config"):
         return model
     from peft.tuners.tuners_utils import BaseTunerLayer

@@ -1,4 +1,8 @@
-"""The `Trainer` of `birefnet train`: augments on the device, validates in a stream, averages the weights."""
+"""The `Trainer` of `birefnet train`.
+
+It augments batches on the training device, validates photo by photo at the masks' own size, and can keep a moving
+average of the weights.
+"""
 
 from __future__ import annotations
 
@@ -26,18 +30,22 @@ MAX_BAD_UPDATES = 10
 
 
 class BiRefNetTrainer(Trainer):
-    """Trains on a [`MattingDataset`] and validates on another by MAE and mean IoU at the masks' own size.
+    """Trains on a [`MattingDataset`] and validates on another one by MAE and mean IoU at the masks' own size.
 
     Args:
-        size: Height and width of the training pictures, multiples of 32.
-        size_range: Smallest and largest side of dynamic resolution: every batch has its own height and width, each a
-            multiple of 32 within the range. `None` trains at `size`.
-        augmentation: How far the training pictures are altered.
-        backbone_learning_rate: Learning rate of the backbone, where it differs from the others'.
-        average_decay: Decay of the exponential moving average of the weights, in [0, 1); 0 keeps none. Validation and
-            [`~BiRefNetTrainer.trained_model`] use the averaged weights.
-        on_bad_loss: What follows a batch whose loss is not finite: "skip" leaves its update out, "stop" raises.
-        kwargs: Those of `Trainer`. `processing_class` is the image processor, whose mean and deviation normalize.
+        size: Height and width of the training pictures in pixels, multiples of 32.
+        size_range: Smallest and largest side in pixels of dynamic resolution. Each batch gets a random height and
+            width, both multiples of 32 in this range. `None` trains at `size`.
+        augmentation: Strength of the augmentation.
+        backbone_learning_rate: Learning rate of the backbone. `None`: the same as for all other weights.
+        average_decay: Decay of the exponential moving average of the weights, in [0, 1). 0 keeps no average.
+            Validation and [`~BiRefNetTrainer.trained_model`] use the averaged weights.
+        on_bad_loss: What to do with a batch whose loss is not finite: "skip" skips the update, "stop" raises.
+        batch_statistics: Whether batch norms use the statistics of the batch and update their running statistics.
+            If `False`, the running statistics are used and stay as they are. The same holds, whatever is given here,
+            for batches of one photo and for a backbone that is not trained.
+        kwargs: Arguments of `Trainer`. `processing_class` is the image processor; its mean and standard deviation
+            normalize the pictures.
     """
 
     def __init__(
@@ -49,6 +57,7 @@ class BiRefNetTrainer(Trainer):
         backbone_learning_rate: float | None = None,
         average_decay: float = 0.0,
         on_bad_loss: str = "skip",
+        batch_statistics: bool = True,
         **kwargs,
     ):
         super().__init__(data_collator=as_batch, **kwargs)
@@ -56,6 +65,7 @@ class BiRefNetTrainer(Trainer):
         self.augmentation = augmentation or AugmentationSettings()
         self.backbone_learning_rate = backbone_learning_rate
         self.on_bad_loss = on_bad_loss
+        self.batch_statistics = batch_statistics
         self.bad_names: list[str] = []
         if self.args.bf16 and self.args.device.type == "cpu":
             compute_depthwise_in_float32(self.model)
@@ -70,11 +80,11 @@ class BiRefNetTrainer(Trainer):
 
     @property
     def trained_model(self):
-        """The model that validation measures: the averaged one where an average is kept."""
+        """The model that validation measures: the averaged model if there is one, else the model itself."""
         return self.model if self.average is None else self.average.module
 
     def sample_matte(self, row: int) -> torch.Tensor:
-        """A picture of a validation photo, its mask and its matte side by side: (3, H, 3·W) in [0, 1]."""
+        """A validation photo, its mask and its predicted matte, side by side: (3, H, 3·W) in [0, 1]."""
         batch = self.eval_dataset[row]
         matte = self._predict(self.trained_model.eval(), batch["pixel_values"])[0].cpu()
         photo, mask = (resize_batch(batch[key] / 255, self.size)[0] for key in ("pixel_values", "labels"))
@@ -86,7 +96,7 @@ class BiRefNetTrainer(Trainer):
         def blend(averaged: torch.Tensor, current: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
             if not averaged.is_floating_point():
                 return current  # counters and index tables
-            # A short memory at first, or the random initial weights would stay in the average for long.
+            # The decay starts low. Otherwise the initial weights would stay in the average for long.
             return averaged.lerp(current, 1 - min(decay, (1 + int(count)) / (10 + int(count))))
 
         return AveragedModel(self.model, avg_fn=blend, use_buffers=True)
@@ -103,13 +113,13 @@ class BiRefNetTrainer(Trainer):
         if self.average is not None:
             path = os.path.join(resume_from_checkpoint, AVERAGED_WEIGHTS)
             if not os.path.exists(path):
-                raise FileNotFoundError(f"{path} is missing: the run to resume kept no average of its weights.")
+                raise FileNotFoundError(f"{path} is missing: the earlier run did not use --ema-decay.")
             self.average.load_state_dict(safetensors.torch.load_file(path))
 
     # Training
 
     def create_optimizer(self, model=None):
-        """One group for the backbone and one for the rest, each with its learning rate; everything decays."""
+        """Makes two parameter groups: backbone and rest, each with its learning rate, both with weight decay."""
         if self.optimizer is None:
             trainable = [(n, p) for n, p in (model or self.model).named_parameters() if p.requires_grad]
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
@@ -126,8 +136,10 @@ class BiRefNetTrainer(Trainer):
         images, labels = (_unit(inputs[key], self.args.device) for key in ("pixel_values", "labels"))
         with torch.no_grad():
             images, labels = augment_batch(images, labels, self._next_size(), self.augmentation)
-        if len(images) == 1:
+        if not self.batch_statistics or len(images) == 1:
             freeze_statistics(model)
+        elif not any(p.requires_grad for n, p in self.model.named_parameters() if _in_backbone(n)):
+            freeze_statistics(self.model.bb)
         outputs = model(pixel_values=self._normalized(images), labels=labels)
         for name, value in outputs.loss_terms.items():
             self.loss_terms[name] = self.loss_terms[name] + value
@@ -160,14 +172,15 @@ class BiRefNetTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Mean absolute error and mean intersection over union (both at 0.5), at the masks' own size.
+        """Measures mean absolute error and mean intersection over union (of both binarized at 0.5).
 
-        One pass that keeps sums only. Each process takes every n-th photo, so the numbers do not depend on how many
-        processes or which batch size there are.
+        Both are measured at the masks' own size and averaged over the photos. Each process takes every n-th photo and
+        only sums are kept, so the result does not depend on the number of processes or on the batch size.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         model = self.trained_model.eval()
-        if self.args.world_size > 1:  # each process has normalization statistics of its own; the first one's are saved
+        # Each process has its own running statistics. Those of the first process are saved, so measure with them.
+        if self.args.world_size > 1:
             for buffer in model.buffers():
                 torch.distributed.broadcast(buffer, 0)
         rows = list(range(self.args.process_index, len(dataset), self.args.world_size))
@@ -186,14 +199,14 @@ class BiRefNetTrainer(Trainer):
 
     @torch.no_grad()
     def _predict(self, model, pixels: torch.Tensor) -> torch.Tensor:
-        """Mattes (B, 1, H, W) of uint8 photos (B, 3, H, W)."""
+        """Photos (B, 3, H, W) in uint8 → mattes (B, 1, H, W) in [0, 1]."""
         images = resize_batch(_unit(pixels, self.args.device), self.size)
         with self.accelerator.autocast():
             return model(pixel_values=self._normalized(images)).logits.float().sigmoid()
 
 
 class _UpdateCallback(TrainerCallback):
-    """Leaves out the update of a loss that is not finite; lets the average follow the others."""
+    """Skips updates whose loss is not finite. After each other update, updates the moving average."""
 
     def __init__(self, trainer: BiRefNetTrainer):
         self.trainer = trainer
@@ -201,7 +214,7 @@ class _UpdateCallback(TrainerCallback):
         self.statistics: list[torch.Tensor] = []
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        # Normalization statistics change in the forward pass, before the loss is known: keep them to go back to.
+        # The forward pass changes running statistics before the loss is known. Keep a copy to restore.
         self.statistics = [buffer.clone() for buffer in _statistics(model)]
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
@@ -217,8 +230,8 @@ class _UpdateCallback(TrainerCallback):
         self.bad_updates += 1
         if trainer.on_bad_loss == "stop" or self.bad_updates >= MAX_BAD_UPDATES:
             raise FloatingPointError(f"{message}. The last checkpoint in {args.output_dir} is kept.")
-        logger.warning("%s. This update is left out.", message)
-        # A gradient scaler skips the update by itself, and needs the gradients to see that it must.
+        logger.warning("%s. This update is skipped.", message)
+        # A gradient scaler skips the update by itself. It needs the gradients to detect the bad values.
         if trainer.accelerator.scaler is None:
             for parameter in model.parameters():
                 parameter.grad = None
@@ -231,15 +244,15 @@ class _UpdateCallback(TrainerCallback):
 
 
 def _owned(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """safetensors refuses tensors that share memory."""
+    """Copies of the tensors. safetensors does not save tensors that share memory."""
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state_dict.items()}
 
 
 def compute_depthwise_in_float32(model):
-    """Keeps the depthwise convolutions of a model out of autocast.
+    """Excludes the depthwise convolutions of a model from autocast.
 
-    On a CPU their gradients take up to 60 times longer in bfloat16 than in float32, a third of the embedded network's
-    training step (benchmarks/README.md).
+    On a CPU their backward pass is up to 60 times slower in bfloat16 than in float32, which is a third of the embedded
+    network's training step (benchmarks/README.md).
     """
     for module in model.modules():
         if isinstance(module, torch.nn.Conv2d) and module.groups == module.in_channels > 1:
@@ -252,10 +265,7 @@ def _forward_in_float32(module: torch.nn.Module, hidden_states: torch.Tensor) ->
 
 
 def freeze_statistics(model):
-    """Makes batch norms use their running statistics until the model is next put into training mode.
-
-    One photo has no statistics to speak of, and none at all where it is pooled to a single value.
-    """
+    """Makes batch norms use, and not update, their running statistics until the next call of `model.train()`."""
     for module in model.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.eval()
@@ -274,7 +284,7 @@ def _unit(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def _errors(matte: torch.Tensor, dataset: MattingDataset, row: int) -> torch.Tensor:
-    """Absolute error, intersection over union at 0.5, and 1, of a matte (1, h, w) at the size of the row's mask."""
+    """Absolute error, intersection over union at 0.5, and 1 (to count) of a matte (1, h, w) at its mask's size."""
     mask = dataset.read_mask(row).to(matte.device)
     matte = F.interpolate(matte[None], mask.shape[-2:], mode="bilinear", align_corners=False)[0]
     found, true = matte > 0.5, mask > 0.5

@@ -1,4 +1,4 @@
-"""`birefnet draw`: pairs that a seed settles, in the layout that training reads, with exact soft masks."""
+"""`birefnet draw`: reproducible pairs with exact soft masks, in the folders that training reads."""
 
 import subprocess
 import sys
@@ -90,7 +90,7 @@ def test_a_shape_is_moved_to_a_size_and_place_in_the_picture(shape):
 def test_edges_are_the_true_coverage():
     left, top, right, bottom = np.array([8.25, 10, 20, 30.5]) / SIDE
     corners = np.array([(left, top), (right, top), (right, bottom), (left, bottom)])
-    # Pillow counts a polygon's border as inside: half a subpixel less on each side makes its area true.
+    # Pillow fills the border of a polygon too. Half a subpixel less on each side gives the exact area.
     corners += np.array([(1, 1), (-1, 1), (-1, -1), (1, -1)]) * 0.5 / 4 / SIDE
     mask = np.asarray(rasterize([fill(corners)], SIDE)).astype(float) / 255
     assert mask.sum() == pytest.approx(11.75 * 20.5, rel=0.02)
@@ -117,7 +117,7 @@ def test_the_photo_is_the_composition_of_foreground_and_background(photos, monke
     monkeypatch.setattr(drawn_scenes, "draw_texture", lambda *arguments: foreground)
     monkeypatch.setattr(drawn_scenes, "draw_background", lambda *arguments: background)
     monkeypatch.setattr(drawn_scenes, "expose", lambda random, photo, mask: (photo, mask))
-    # Parts that catch light differently would change the foreground.
+    # Different brightness of the parts would change the foreground.
     monkeypatch.setattr(drawn_scenes, "SHADES", (0,))
     for number in range(5):
         photo, mask = draw_scene(photos, SIDE, 1, number)
@@ -129,7 +129,7 @@ def test_the_photo_is_the_composition_of_foreground_and_background(photos, monke
 
 
 def test_objects_differ_from_their_backgrounds(photos):
-    """Also where every texture is the background itself, which leaves only a change of brightness."""
+    """Also if each texture is the background itself, so only the brightness can differ."""
     mask = Image.new("L", (SIDE, SIDE))
     mask.paste(255, (20, 20, 44, 44))
     tones = np.ones((SIDE, SIDE, 1))

@@ -1,4 +1,4 @@
-"""`birefnet.data.pairs`: every kind of source, soft masks, and bad pairs reported by name."""
+"""`birefnet.data.pairs`: all kinds of sources, soft masks, and reports of bad pairs."""
 
 import io
 import logging
@@ -117,7 +117,7 @@ def test_orientation_is_applied(tmp_path):
     photo = draw_pair()[0]
     write_folder(tmp_path, ["a"])
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: the stored picture lies on its side
+    exif[0x0112] = 6  # The camera was rotated, so the stored picture lies on its side.
     photo.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "im" / "a.jpg", exif=exif)
     assert decode_pair(read_pairs([tmp_path])[0])[0].size == photo.size
 

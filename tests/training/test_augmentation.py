@@ -1,4 +1,4 @@
-"""`birefnet.training.augmentation`: photo and mask move together, colours equal Pillow's, probabilities hold."""
+"""`birefnet.training.augmentation`: geometry of photo and mask, colours compared with Pillow, probabilities."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def random_batch(count=3, height=32, width=48):
 
 
 def smooth_batch(count, side=64):
-    """Photos whose first channel is their mask: a disc off the centre, which every turn moves."""
+    """Photos whose first channel is their mask: a disc off the centre, so each rotation moves it."""
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     disc = ((side / 5 - (rows - side * 0.4).hypot(columns - side * 0.3)) / 4).sigmoid()
     masks = disc.expand(count, 1, side, side).clone()
@@ -90,7 +90,7 @@ def test_crop_lies_inside_the_photo_and_keeps_its_share(crop):
     moved = move_randomly(torch.cat([images, images[:, :1]], dim=1), (side, side), settings)
     for channel, dimension in ((0, -1), (1, -2)):
         along = moved[:, channel].mean(dim=-2 if dimension == -1 else -1)
-        assert (along.diff() > 0).all()  # no reflection: nothing beyond the border is seen
+        assert (along.diff() > 0).all()  # No reflection is visible: crops stay inside the photo.
         kept = along[:, -1] - along[:, 0]
         assert crop - 0.03 < kept.min() < crop + 0.05 and kept.max() > 0.95
 
@@ -130,7 +130,7 @@ def test_colors_are_those_of_pillow(setting, enhancer, factor):
     changed = change_colors(pixels / 255, AugmentationSettings(**{**STILL, setting: (factor, factor)}))
     picture = enhancer(Image.fromarray(pixels[0].permute(1, 2, 0).numpy())).enhance(factor)
     expected = torch.tensor(list(picture.tobytes())).view(20, 24, 3).permute(2, 0, 1)
-    # Pillow rounds to 8 bits on the way, once more for the mean and the blur.
+    # Pillow rounds the result to 8 bits, and also the mean and the blurred picture.
     assert (changed[0] * 255 - expected).abs().max() <= 2.5
 
 

@@ -1,4 +1,4 @@
-"""`birefnet train`, on drawn photos and half a million weights."""
+"""`birefnet train` on drawn photos, with a network of half a million weights."""
 
 import argparse
 import json
@@ -21,6 +21,8 @@ pytest.importorskip("accelerate")
 from birefnet.errors import CommandError, UsageError
 from birefnet.inference.loading import load_model
 from birefnet.training import command as training
+from birefnet.training.augmentation import AugmentationSettings
+from birefnet.training.progress import TITLE_HEIGHT
 
 from ..conftest import TINY_CONFIG
 from ..drawn_photos import write_folder
@@ -49,7 +51,7 @@ def parse(*words):
 
 
 def options(photos, output, *more, new=True):
-    """A quick training of 3 updates an epoch: 14 photos, of which 2 are held out."""
+    """Options of a quick training: 14 photos, 2 of them held out, 3 updates in each epoch."""
     network = TINY_NETWORK if new else []
     quick = ["--batch-size", 4, "--validation-share", 0.15, "--resolution", 64, "--logging-steps", 1, "--cpu"]
     return parse("--data", photos, "--output", output, *quick, *network, *more)
@@ -58,6 +60,12 @@ def options(photos, output, *more, new=True):
 def history(folder, key="loss"):
     entries = json.loads((folder / "checkpoints" / "trainer_state.json").read_text())["log_history"]
     return {entry["step"]: entry[key] for entry in entries if key in entry}
+
+
+def best_step(folder):
+    """The step with the lowest MAE + (1 − IoU)."""
+    errors, ious = history(folder, "eval_mae"), history(folder, "eval_iou")
+    return min(errors, key=lambda step: errors[step] + 1 - ious[step])
 
 
 def load(folder):
@@ -84,7 +92,7 @@ def test_resumed_run_equals_the_uninterrupted_one(photos, uninterrupted, tmp_pat
     checkpoints = tmp_path / "checkpoints"
     checkpoints.mkdir()
     (checkpoints / f"checkpoint-{step}").symlink_to(uninterrupted / "checkpoints" / f"checkpoint-{step}")
-    (checkpoints / "checkpoint-9").mkdir()  # interrupted while it was written: it has no state and is passed over
+    (checkpoints / "checkpoint-9").mkdir()  # An incomplete checkpoint without a state is ignored.
     training.train(options(photos, tmp_path, *LONG, "--resume"))
     for key in ("loss", "grad_norm", "learning_rate", "loss_mae", "eval_mae", "eval_iou"):
         assert history(tmp_path, key) == history(uninterrupted, key), key
@@ -100,7 +108,7 @@ def test_resumed_run_equals_the_uninterrupted_one(photos, uninterrupted, tmp_pat
 
 
 def test_average_follows_the_weights(uninterrupted):
-    """The saved average is the recurrence over the saved weights, its decay rising to the one asked for."""
+    """The saved average equals the recurrence over the saved weights. Its decay rises to --ema-decay."""
     name, average = "decoder.conv_out1.0.weight", None
     for step in range(1, 10):
         folder = uninterrupted / "checkpoints" / f"checkpoint-{step}"
@@ -114,8 +122,7 @@ def test_average_follows_the_weights(uninterrupted):
 
 
 def test_best_epoch_is_in_the_folder(uninterrupted):
-    errors = history(uninterrupted, "eval_mae")
-    best = min(errors, key=errors.get)
+    best = best_step(uninterrupted)
     saved = load_file(uninterrupted / "model.safetensors")
     expected = load_file(uninterrupted / "checkpoints" / f"checkpoint-{best}" / "averaged_weights.safetensors")
     assert set(expected) == {f"module.{key}" for key in saved} | {"n_averaged"}
@@ -123,7 +130,7 @@ def test_best_epoch_is_in_the_folder(uninterrupted):
 
 
 def test_loss_weights_of_the_last_epochs(uninterrupted):
-    assert set(history(uninterrupted, "loss_bce")) == {1, 2, 3}  # off in the last two of three epochs
+    assert set(history(uninterrupted, "loss_bce")) == {1, 2, 3}  # BCE is off in the last two of three epochs.
     assert set(history(uninterrupted, "loss_ssim")) == set(range(1, 10))
 
 
@@ -157,7 +164,7 @@ def test_tensorboard_has_terms_and_mattes(uninterrupted):
 
 
 def test_folder_is_a_complete_repository(uninterrupted):
-    """In a fresh process, as users load it: model, processor, pipeline."""
+    """Loads model, processor and pipeline in a new process, as users do."""
     files = {path.name for path in uninterrupted.iterdir()}
     assert {"config.json", "preprocessor_config.json", "model.safetensors", "README.md", "LICENSE"} <= files
     code = f"""
@@ -175,11 +182,26 @@ def quiet(**more):
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
 
 
+def test_report_is_beside_the_model(photos, uninterrupted, tiny_model_folder, tmp_path):
+    """Checks the pictures of a new network and of a fine-tuned one. The latter also show the mattes before."""
+    from PIL import Image
+
+    more = ["--model", tiny_model_folder, "--epochs", 1]
+    result = training.train(options(photos, tmp_path, *more, new=False))
+    for folder, columns in ((uninterrupted, 3), (tmp_path, 4)):
+        sheet = Image.open(folder / "before_after.png")
+        assert sheet.size == (columns * 64, TITLE_HEIGHT + 2 * 64) and (folder / "curve.png").stat().st_size > 5000
+        text = (folder / "README.md").read_text()
+        assert "(curve.png)" in text and "(before_after.png)" in text
+    assert result["result"] in text and f"| before training | 0 | {result['mae_before']:.4f} |" in text
+    assert f"| after the last epoch | 1 | {result['mae_last']:.4f} |" in text
+
+
 def test_card_states_data_and_measurement(photos, uninterrupted):
     text = (uninterrupted / "README.md").read_text()
     assert "library_name: transformers" in text
     assert f"{photos.name} (12 photos" in text and str(photos) not in text
-    assert f"{min(history(uninterrupted, 'eval_mae').values()):.4f}" in text
+    assert f"{history(uninterrupted, 'eval_mae')[best_step(uninterrupted)]:.4f}" in text
 
 
 # Fine-tuning
@@ -190,19 +212,44 @@ def test_newcomer_fine_tunes_in_one_command_and_validation_improves(photos, tiny
         options(photos, tmp_path, "--model", tiny_model_folder, "--epochs", 12, "--learning-rate", 3e-3, new=False)
     )
     errors = history(tmp_path, "eval_mae")
-    assert result["mae_before"] == errors[0] and result["mae"] == min(errors.values())
+    assert result["mae_before"] == errors[0] and result["mae"] == errors[best_step(tmp_path)]
     assert result["mae"] < 0.6 * result["mae_before"]
     load(tmp_path)
 
 
-def test_folder_is_never_worse_than_the_start(photos, tiny_model_folder, tmp_path):
-    """A learning rate that ruins everything: the folder then holds what came in."""
-    more = ["--model", tiny_model_folder, "--epochs", 2, "--learning-rate", 30]
+def test_folder_is_never_worse_than_the_start(photos, uninterrupted, tmp_path):
+    """A far too high learning rate stops the training. The folder holds the model as it was and says so."""
+    more = ["--model", uninterrupted, "--epochs", 4, "--learning-rate", 30]
     result = training.train(options(photos, tmp_path, *more, new=False))
     errors = history(tmp_path, "eval_mae")
-    assert result["mae"] == result["mae_before"] == errors[0] < min(errors[3], errors[6])
-    saved, before = load_file(tmp_path / "model.safetensors"), load_file(tiny_model_folder / "model.safetensors")
+    assert list(errors) == [0, 3] and errors[3] >= 2 * errors[0]
+    assert result["mae"] == result["mae_before"] == errors[0] and result["mae_last"] == errors[3]
+    assert result["result"].startswith("Not improved") and "stopped" in result["result"]
+    assert result["result"] in (tmp_path / "README.md").read_text()
+    saved, before = load_file(tmp_path / "model.safetensors"), load_file(uninterrupted / "model.safetensors")
     assert all(torch.equal(saved[key], before[key]) for key in before)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["--lora-rank", 2],
+        ["--gradient-checkpointing"],
+        ["--bf16"],
+        ["--freeze-backbone", "true"],
+        ["--resolution", 128],
+    ],
+    ids=lambda more: " ".join(map(str, more)) or "defaults",
+)
+def test_fine_tuning_never_collapses(photos, uninterrupted, tmp_path, more):
+    """No epoch is much worse than the trained model that it starts from. Batch statistics doubled the error."""
+    if "--lora-rank" in more:
+        pytest.importorskip("peft")
+    result = training.train(options(photos, tmp_path, "--model", uninterrupted, "--epochs", 2, *more, new=False))
+    errors = history(tmp_path, "eval_mae")
+    assert len(errors) == 3 and max(errors.values()) < 1.1 * errors[0]
+    assert result["mae"] - result["iou"] <= result["mae_before"] - result["iou_before"]
 
 
 def test_settings_that_shape_nothing_go_with_fine_tuning(photos, tiny_model_folder, tmp_path):
@@ -216,11 +263,11 @@ def test_settings_that_shape_nothing_go_with_fine_tuning(photos, tiny_model_fold
     after = load_file(tmp_path / "checkpoints" / "checkpoint-2" / "model.safetensors")
     changed = {key for key in before if before[key].is_floating_point() and not torch.equal(before[key], after[key])}
     assert any(key.startswith("decoder.") for key in changed)
-    assert all("running_" in key for key in changed if key.startswith("bb."))  # statistics alone
+    assert not any(key.startswith("bb.") or "running_" in key for key in changed)
 
 
 def test_foreign_weights_are_fine_tuned(tiny_model_folder, tmp_path):
-    """A bare file with the prefixes of wrappers and weights in half precision, as official releases are."""
+    """Official releases are bare files in half precision, with prefixes of wrappers in the names."""
     state_dict = load_file(tiny_model_folder / "model.safetensors")
     halves = {f"module._orig_mod.{key}": value.half() if value.is_floating_point() else value
               for key, value in state_dict.items()}  # fmt: skip
@@ -262,7 +309,7 @@ def test_adapters_train_and_are_merged_on_save(photos, tiny_model_folder, tmp_pa
     pytest.importorskip("peft")
     more = ["--lora-rank", 2, "--epochs", 4, "--learning-rate", 3e-3, "--ema-decay", 0.5]
     result = training.train(options(photos, tmp_path, "--model", tiny_model_folder, *more, new=False))
-    assert result["mae"] < result["mae_before"]
+    assert result["mae"] - result["iou"] < result["mae_before"] - result["iou_before"]
     before, after = load_file(tiny_model_folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
     assert before.keys() == after.keys()
     name = "bb.conv1.3.weight"
@@ -286,22 +333,58 @@ def test_adapters_resume_exactly(photos, tiny_model_folder, tmp_path):
 # Schedules, data, precision
 
 
-def test_recipe_of_the_task():
+def filled_in(task, photos, *words):
+    arguments = parse("--data", "x", "--output", "y", *words)
+    config = argparse.Namespace(task=task, backbone="swin_v1_t" if "swin_v1_t" in words else "resnet18")
+    recipe = training.choose_recipe(arguments, config, photos)
+    training._fill_in(arguments, recipe)
+    return arguments, recipe
+
+
+def test_new_networks_train_as_published():
     for task, rate, epochs in (("dis", 1e-4, 500), ("general", 1e-5, 200), ("matting", 1e-5, 150)):
-        arguments = parse("--data", "x", "--output", "y", "--batch-size", 16, "--backbone", "resnet18")
-        found = training.training_arguments(arguments, task, argparse.Namespace(pixels=1), None)
-        assert (found.learning_rate, found.num_train_epochs, found.weight_decay) == (2 * rate, epochs, 1e-2)
+        arguments, recipe = filled_in(task, 100, "--batch-size", 16, "--backbone", "resnet18")
+        assert (arguments.learning_rate, arguments.epochs, arguments.weight_decay) == (2 * rate, epochs, 1e-2)
+        assert arguments.backbone_learning_rate is None and recipe.batch_statistics and not arguments.bf16
+        assert training.augmentation_settings(arguments) == AugmentationSettings()
     assert training.default_last_epochs("general", 200) == 20
     assert training.default_last_epochs("general", 20) == 2
     assert training.default_last_epochs("dis", 1000) == 40
 
 
-def test_bf16_needs_no_accelerator(tmp_path, monkeypatch):
-    """transformers refuses it on a machine that has none, unless it is told that the CPU is meant."""
+def test_fine_tuning_is_safe_without_options():
+    for photos, batch, epochs in ((16, 4, 20), (100, 4, 3), (10_000, 4, 2), (4, 4, 40)):
+        arguments, recipe = filled_in("general", photos, "--batch-size", batch)
+        assert arguments.epochs == epochs and not recipe.batch_statistics
+        assert (arguments.schedule, arguments.max_grad_norm, arguments.background) == ("cosine", 1.0, 0.0)
+    backbone_rates = [
+        filled_in("general", 20, *words)[0].backbone_learning_rate
+        for words in ([], ["--learning-rate", 1e-5], ["--learning-rate", 1], ["--backbone-learning-rate", 3])
+    ]
+    assert backbone_rates == [1e-4, 1e-5, 1e-4, 3]
+
+
+def test_published_recipe_is_one_option_away_and_warns(caplog):
+    arguments, recipe = filled_in("general", 100, "--recipe", "published", "--epochs", 7)
+    assert "statistics" in caplog.text
+    assert (arguments.learning_rate, arguments.epochs, arguments.schedule) == (1e-5, 7, "constant")
+    assert recipe.batch_statistics and arguments.ema_decay == 0
+
+
+def test_bf16_needs_no_accelerator(monkeypatch):
+    """transformers refuses bf16 on a machine without an accelerator, unless it is told to use the CPU."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    arguments = parse("--data", "x", "--output", tmp_path, "--bf16")
-    found = training.training_arguments(arguments, "general", argparse.Namespace(pixels=1), None)
+    arguments, _ = filled_in("general", 20, "--bf16")
+    found = training.training_arguments(arguments, argparse.Namespace(pixels=1), None)
     assert found.bf16 and found.device.type == "cpu"
+
+
+def test_bf16_is_the_default_only_where_it_is_fast(monkeypatch):
+    for fast in (True, False):
+        monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda fast=fast: fast)
+        assert filled_in("general", 20, "--cpu")[0].bf16 is fast
+        assert not filled_in("general", 20, "--cpu", "--no-bf16")[0].bf16
+        assert not filled_in("general", 20, "--cpu", "--fp16")[0].bf16
 
 
 def test_split_is_repeatable_and_whole():
@@ -310,6 +393,8 @@ def test_split_is_repeatable_and_whole():
     assert len(held_out) == 2 and sorted(kept + held_out) == pairs
     assert training.split_pairs(pairs, 0.1, seed=3) == (kept, held_out) != training.split_pairs(pairs, 0.1, seed=4)
     assert training.split_pairs(pairs, 0, seed=3) == (pairs, [])
+    for count, expected in ((8, 1), (20, 4), (100, 10)):
+        assert len(training.split_pairs(list(range(count)), None, seed=3)[1]) == expected
     with pytest.raises(ValueError, match="nothing is left"):
         training.split_pairs([1], 0.1, seed=3)
 
@@ -343,15 +428,15 @@ def test_bad_pair_is_reported_and_training_goes_on_or_stops(tmp_path, caplog):
 # The Hub, several processes
 
 
-def test_two_processes_train_one_model_and_push_it(photos, tmp_path):
-    # Without a GPU --multi_gpu starts as many processes, and the training's --cpu keeps them on the processor.
+def test_two_processes_fine_tune_one_model_and_push_it(photos, uninterrupted, tmp_path):
+    # --multi_gpu starts the processes even without a GPU. --cpu makes them train on the CPU.
     launch = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
     launch += " --main_process_port 0"
     words = "--max-steps 3 --batch-size 2 --resolution 64 --validation-share 0.25 --logging-steps 1 --ema-decay 0.5"
-    words += " --push-to-hub author/mine --private"
+    words += " --push-to-hub author/mine --private --no-bf16"
     output = tmp_path / "out"
     command = [sys.executable, "-m", "accelerate.commands.launch", *launch.split(), "-m", "birefnet", "train"]
-    command += ["--data", str(photos), "--output", str(output), "--cpu", *words.split(), *TINY_NETWORK]
+    command += ["--data", str(photos), "--output", str(output), "--cpu", *words.split(), "--model", str(uninterrupted)]
     with LoopbackHub(tmp_path / "hub") as hub:
         environment = quiet(**hub.environment(tmp_path / "home"))
         done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=300)
@@ -361,16 +446,19 @@ def test_two_processes_train_one_model_and_push_it(photos, tmp_path):
     checkpoint = output / "checkpoints" / "checkpoint-3"
     assert {path.name for path in checkpoint.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
     generators = [torch.load(checkpoint / f"rng_state_{rank}.pth", weights_only=False)["cpu"] for rank in (0, 1)]
-    assert not torch.equal(*generators)  # each process augments in its own way
+    assert not torch.equal(*generators)  # Each process augments with its own random numbers.
     # Validation does not depend on the number of processes.
-    measured = history(output, "eval_mae")[3]
-    arguments = options(photos, tmp_path / "again", "--model", output, "--validation-share", 0.25, new=False)
+    errors = history(output, "eval_mae")
+    assert errors[3] < 1.1 * errors[0]
+    arguments = options(
+        photos, tmp_path / "again", "--model", output, "--validation-share", 0.25, "--no-bf16", new=False
+    )
     alone = training.build_trainer(arguments, *training.build_model(arguments)).evaluate()
-    assert alone["eval_mae"] == pytest.approx(measured, abs=1e-6)
+    assert alone["eval_mae"] == pytest.approx(errors[best_step(output)], abs=1e-6)
 
 
 def check_upload(hub, output):
-    """The repository has the model's files and no state of the training."""
+    """The repository has all files of the model and no checkpoints or logs."""
     uploaded = set(hub.files("author/mine"))
     assert hub.repositories["author/mine"].private
     assert {path.name for path in output.iterdir()} - {"checkpoints", "logs"} <= uploaded

@@ -1,4 +1,4 @@
-"""`birefnet.training.imagenet_weights`, with timm models whose random weights stand for the downloaded ones."""
+"""`birefnet.training.imagenet_weights`, with random weights in place of downloaded ones."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_swin_computes_what_timm_computes(offline_timm):
     source.eval()
     images = torch.randn(1, 3, 224, 224)
     features, mine = source.patch_embed(images), model.bb(images)
-    # Not the last one: its map is a single window here, which timm never shifts and the detection code does.
+    # Without the last stage. Its map is a single window here, which timm does not shift and the official code does.
     for i in range(3):
         features = source.layers[i](features)  # (B, H, W, C)
         expected = getattr(model.bb, f"norm{i}")(features).permute(0, 3, 1, 2)
@@ -73,7 +73,7 @@ def test_weights_out_of_reach_are_an_error_that_names_them(monkeypatch):
 
     model = BiRefNetForImageSegmentation(BiRefNetConfig(**TINY_CONFIG))
     monkeypatch.setattr(timm, "create_model", unreachable)
-    with pytest.raises(OSError, match=r"test_resnet cannot be had: no route"):
+    with pytest.raises(OSError, match=r"test_resnet cannot be loaded: no route"):
         load_imagenet_weights(model)
 
 

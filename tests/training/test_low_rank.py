@@ -1,4 +1,4 @@
-"""`birefnet.training.low_rank`: what trains, and that merging changes nothing."""
+"""`birefnet.training.low_rank`: which parameters train, and that merging does not change the result."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_adapters_start_as_nothing_and_merge_exactly(model):
     result = merged(model)
     torch.testing.assert_close(result(images).logits, adapted, rtol=1e-3, atol=1e-5)
     assert result.state_dict().keys() == names
-    assert any(".lora_" in name for name in model.state_dict())  # the one in training is left as it was
+    assert any(".lora_" in name for name in model.state_dict())  # The model in training keeps its adapters.
     torch.testing.assert_close(model(images).logits, adapted)
 
 

@@ -1,4 +1,4 @@
-"""`birefnet.training.trainer`: validation in a stream, groups of weights, and updates whose loss is not finite."""
+"""`birefnet.training.trainer`: validation, parameter groups, losses that are not finite, and batch norms."""
 
 import logging
 
@@ -55,7 +55,7 @@ def make_trainer(dataset, folder, model=None, more=None, **arguments):
 
 
 def test_validation_is_that_of_plain_code_for_any_batch_size(dataset, tmp_path):
-    """Against one photo at a time through the image processor, and NumPy at the masks' own size."""
+    """Compares with the image processor, one photo at a time, and NumPy at the masks' own size."""
     trainer = make_trainer(dataset, tmp_path, per_device_eval_batch_size=3)
     processor, model = trainer.processing_class, trainer.model.eval()
     errors, overlaps = [], []
@@ -90,7 +90,7 @@ def test_frozen_backbone_is_in_no_group(dataset, tmp_path):
 
 
 def spoil(trainer, steps):
-    """Makes the loss of the given forward passes, counted from 0, not a number."""
+    """Makes the loss of the given forward passes (counted from 0) NaN."""
     count, criterion = [0], trainer.model.loss_function
 
     def loss_function(logits, *arguments):
@@ -115,7 +115,7 @@ def test_update_of_a_loss_that_is_no_number_is_left_out(dataset, tmp_path, caplo
         after = weights_after(trainer)
     assert "Step 1" in caplog.text and sum(pair.name in caplog.text for pair in dataset.pairs) == 4
     floating = [key for key in before if before[key].is_floating_point()]
-    assert all(torch.equal(before[key], after[key]) for key in floating)  # normalization statistics as well
+    assert all(torch.equal(before[key], after[key]) for key in floating)  # This includes running statistics.
 
 
 def test_training_goes_on_after_a_bad_update(dataset, tmp_path):
@@ -151,7 +151,7 @@ def test_dynamic_sizes_are_multiples_of_32_within_the_range(dataset, tmp_path):
 
 
 def test_accumulated_batches_make_the_update_of_one_batch(dataset, tmp_path):
-    """The mean of losses that are means: of BCE, SSIM and MAE; without augmentation and batch statistics."""
+    """Holds for losses that are means over photos (BCE, MAE), without augmentation and batch statistics."""
     still = AugmentationSettings(0, 1, 0, 0, *[(1.0, 1.0)] * 4, noise=0)
     results = []
     for size, steps in ((8, 1), (4, 2)):
@@ -171,7 +171,7 @@ def test_accumulated_batches_make_the_update_of_one_batch(dataset, tmp_path):
 
 
 def test_single_photo_trains_with_running_statistics(dataset, tmp_path):
-    """Global pooling leaves one value a channel, of which batch norm has no statistics; the others are kept too."""
+    """Global pooling leaves one value per channel, too few for batch norm. All running statistics stay."""
     model = BiRefNetForImageSegmentation(BiRefNetConfig(**{**TINY_CONFIG, "decoder_attention": "aspp"}))
     trainer = make_trainer(dataset, tmp_path, model, max_steps=1, per_device_train_batch_size=1)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -191,7 +191,7 @@ def test_sample_matte_is_photo_mask_and_matte(dataset, tmp_path):
 
 
 def test_depthwise_convolutions_stay_out_of_bfloat16_on_a_cpu(dataset, tmp_path):
-    """In the model and in the copy that averages it: gradients of the weights are those of float32 arithmetic."""
+    """Weight gradients equal those of float32, in the model and in its averaged copy."""
     model = BiRefNetForImageSegmentation(BiRefNetConfig(**{**TINY_CONFIG, "backbone": "tf_efficientnet_lite0"}))
     trainer = make_trainer(dataset, tmp_path, model, {"average_decay": 0.9}, bf16=True)
     for owner in (trainer.model, trainer.average.module):
@@ -208,7 +208,7 @@ def test_depthwise_convolutions_stay_out_of_bfloat16_on_a_cpu(dataset, tmp_path)
         )
         assert torch.equal(found, expected)
         with torch.no_grad():
-            depthwise.weight.add_(1)  # each owner's own weight
+            depthwise.weight.add_(1)  # Each model uses its own weight.
         assert not torch.equal(depthwise(images), output)
 
 
@@ -216,3 +216,55 @@ def test_depthwise_convolutions_are_left_alone_without_bfloat16(dataset, tmp_pat
     model = BiRefNetForImageSegmentation(BiRefNetConfig(**{**TINY_CONFIG, "backbone": "tf_efficientnet_lite0"}))
     trainer = make_trainer(dataset, tmp_path, model)
     assert not any("forward" in vars(module) for module in trainer.model.modules())
+
+
+# Fine-tuning does not change running statistics
+
+NETWORKS = {
+    "plain": {},
+    "efficientnet": {"backbone": "test_efficientnet"},
+    "convnext": {"backbone": "test_convnext"},
+    "residual": {"decoder_block": "residual", "squeeze_block": "residual"},
+    "aspp": {"decoder_attention": "aspp", "squeeze_block": "aspp"},
+    "deformable": {"decoder_attention": "aspp_deformable", "squeeze_block": "aspp_deformable"},
+    "context": {"context_levels": 3, "squeeze_block": "basic"},
+    "half size added": {"multi_scale_input": "add"},
+    "half size concatenated": {"multi_scale_input": "concat", "context_levels": 3, "squeeze_block": "basic"},
+    "references": {"source_reference": "patches", "gradient_reference": True},
+    "frozen backbone": {"freeze_backbone": True},
+}
+SIZES_AND_BATCHES = [("plain", side, batch) for side in (32, 64, 128) for batch in (1, 2, 4)]
+SIZES_AND_BATCHES += [(name, 64 if row % 2 else 32, 4) for row, name in enumerate(NETWORKS) if name != "plain"]
+
+
+@pytest.mark.parametrize(("name", "side", "batch"), SIZES_AND_BATCHES)
+def test_updates_of_rate_zero_change_no_measure(dataset, tmp_path, name, side, batch):
+    """20 updates with augmentation at half, native or double resolution. Validation is at the native one (64)."""
+    torch.manual_seed(0)
+    model = BiRefNetForImageSegmentation(BiRefNetConfig(**{**TINY_CONFIG, **NETWORKS[name]}))
+    arguments = {"max_steps": 20, "per_device_train_batch_size": batch, "learning_rate": 1e-8, "logging_steps": 100}
+    trainer = make_trainer(dataset, tmp_path, model, {"batch_statistics": False}, **arguments)
+    before, statistics = trainer.evaluate(), {k: v.clone() for k, v in model.named_buffers()}
+    trainer.size = (side, side)
+    trainer.train()
+    trainer.size = SIZE
+    after = trainer.evaluate()
+    assert after["eval_mae"] == pytest.approx(before["eval_mae"], abs=5e-5)
+    assert after["eval_iou"] == pytest.approx(before["eval_iou"], abs=2e-3)
+    assert all(torch.equal(value, statistics[key]) for key, value in model.named_buffers())
+
+
+def test_batch_statistics_move_the_measure_without_any_learning(dataset, tmp_path):
+    """The defect that the test above guards against: the published recipe at a learning rate of 0."""
+    trainer = make_trainer(dataset, tmp_path, max_steps=20, learning_rate=0.0)
+    before = trainer.evaluate()["eval_mae"]
+    trainer.train()
+    assert abs(trainer.evaluate()["eval_mae"] - before) > 1e-3
+
+
+def test_statistics_of_a_frozen_backbone_stay(dataset, tmp_path):
+    model = BiRefNetForImageSegmentation(BiRefNetConfig(**TINY_CONFIG, freeze_backbone=True))
+    before = {key: value.clone() for key, value in model.named_buffers()}
+    make_trainer(dataset, tmp_path, model).train()
+    changed = {key for key, value in model.named_buffers() if not torch.equal(value, before[key])}
+    assert changed and not any(key.startswith("bb.") for key in changed)

@@ -77,7 +77,7 @@ def add_in_tiles(maps: torch.Tensor, term: Callable[[slice], torch.Tensor]) -> t
     Without gradients the sum replaces `maps`, and the whole term never exists.
     """
     batch, channels, height, width = maps.shape
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return maps + term(slice(0, height))
     for rows in row_tiles(height, batch * channels * width, maps):
         maps[:, :, rows] += term(rows)

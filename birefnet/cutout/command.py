@@ -172,7 +172,12 @@ def _suggest_dtype(arguments: argparse.Namespace, model) -> None:
     """Suggests a faster dtype. Never switches silently, because it changes the results."""
     from birefnet.inference.quantization import dtype_between
 
-    if arguments.dtype == "auto" and model.device.type == "cpu" and str(dtype_between()) == "torch.bfloat16":
+    if (
+        arguments.runtime == "pytorch"
+        and arguments.dtype == "auto"
+        and model.device.type == "cpu"
+        and str(dtype_between()) == "torch.bfloat16"
+    ):
         print(
             "birefnet cutout: here --dtype bfloat16 is 1.5 to 2 times as fast, and mattes change by 0.0005 to 0.002",
             file=sys.stderr,

@@ -12,12 +12,6 @@ from birefnet import repository_folder
 from birefnet.errors import CommandError, UsageError
 
 
-# Where each format's files lie in the folder, by dtype. transformers.js prescribes those of ONNX.
-FILES = {
-    "onnx": {"float32": "model.onnx", "float16": "model_fp16.onnx", "int8": "model_quantized.onnx"},
-    "openvino": {"float32": "openvino_model.xml", "float16": "openvino_model_fp16.xml"},
-    "torch": {"float32": "model.pt2"},
-}
 EMBEDDED = "embedded"  # stands for the weights that come with the package
 
 
@@ -63,7 +57,7 @@ def export_model(
         CommandError: a package is missing, a file exists, the disk is full, or a file disagrees with PyTorch.
         UsageError: a size, format or dtype is not allowed.
     """
-    targets = _targets(file_format, Path(out), dtypes)
+    targets = file_paths(file_format, Path(out), dtypes)
     check_size(size)
     if not overwrite:
         for path in targets.values():
@@ -76,9 +70,9 @@ def export_model(
 def write_programs(model, processor, out, targets, file_format, size, dynamic_batch, photo=None):
     """As [`export_model`], for a loaded network; `targets` are the files by dtype."""
     from birefnet.export.programs import PROGRAMS
-    from birefnet.export.runtimes import RUNTIMES
     from birefnet.export.verification import compare, expected_logits, input_shapes
     from birefnet.hub.publish import draw_picture
+    from birefnet.inference.runtimes import RUNTIMES
 
     is_dynamic = size == "dynamic"
     own_size = (processor.size["height"], processor.size["width"])
@@ -109,8 +103,10 @@ def write_programs(model, processor, out, targets, file_format, size, dynamic_ba
     return reports
 
 
-def _targets(file_format: str, out: Path, dtypes) -> dict[str, Path]:
+def file_paths(file_format: str, out: Path, dtypes) -> dict[str, Path]:
     """The path of each dtype's file."""
+    from birefnet.inference.runtimes import FILES
+
     if file_format not in FILES:
         raise UsageError(f"--format {file_format} is not one of {', '.join(FILES)}.")
     names = FILES[file_format]

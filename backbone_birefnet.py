@@ -16,7 +16,6 @@ from .hardware_birefnet import (
     prepack_layer,
     row_tiles,
 )
-from .layers_birefnet import may_differ
 
 
 def create_backbone(config):
@@ -136,33 +135,32 @@ def partition_windows(shape: tuple[int, int, int], size: int, shift: int, like: 
         like: Tensor of the tokens' device and dtype.
     """
     batch, height, width = shape
-    rows, columns = (height + size - 1) // size, (width + size - 1) // size
-    padded_height, padded_width = rows * size, columns * size
+    padded_height, padded_width = height + -height % size, width + -width % size
+    rows, columns = padded_height // size, padded_width // size
+    # Indices of the padded maps' tokens, first in the order of the maps, then in the order of the windows.
+    padded = torch.arange(batch * padded_height * padded_width, device=like.device)
+    rolled = padded.view(batch, padded_height, padded_width).roll((-shift, -shift), dims=(1, 2))
+    windows = rolled.view(batch, rows, size, columns, size).transpose(2, 3)  # (B, rows, columns, w, w)
     regions = [(slice(None), slice(None))]
     if shift:  # inside, last column, last row, corner
         inside_and_last = (slice(-1), slice(-1, None))
         regions = [(vertical, horizontal) for vertical in inside_and_last for horizontal in inside_and_last]
+    groups = [windows[:, vertical, horizontal].reshape(-1, size * size) for vertical, horizontal in regions]
+    order = torch.cat(groups).flatten()
+    from_windows = torch.empty_like(order).scatter_(0, order, padded).view(batch, padded_height, padded_width)
 
-    def partition(
-        padded: torch.Tensor,
-    ) -> list[torch.Tensor]:  # (B, padded H, padded W) → (windows, w²) of each region
-        rolled = padded.roll((-shift, -shift), dims=(1, 2))
-        windows = rolled.view(batch, rows, size, columns, size).transpose(2, 3)  # (B, rows, columns, w, w)
-        return [windows[:, vertical, horizontal].reshape(-1, size * size) for vertical, horizontal in regions]
-
-    positions = torch.arange(batch * padded_height * padded_width, device=like.device)
-    groups = partition(positions.view(batch, padded_height, padded_width))
-    to_windows, is_token = torch.cat(groups).flatten(), None
-    from_windows = torch.empty_like(positions).scatter_(0, to_windows, positions)
-    from_windows = from_windows.view(batch, padded_height, padded_width)[:, :height, :width].flatten()
-    if may_differ((padded_height, padded_width), (height, width)):
-        padding = (0, padded_width - width, 0, padded_height - height)
-        tokens = torch.arange(batch * height * width, device=like.device).view(batch, height, width)
-        to_windows = torch.cat(partition(F.pad(tokens, padding))).flatten()
-        is_token = torch.cat(partition(F.pad(like.new_ones(batch, height, width), padding))).view(-1, 1)
+    image, row, column = (
+        order // (padded_height * padded_width),
+        order // padded_width % padded_height,
+        order % padded_width,
+    )
+    to_windows = (image * height + row.clamp(max=height - 1)) * width + column.clamp(max=width - 1)
+    is_token = None
+    if (padded_height, padded_width) != (height, width):
+        is_token = ((row < height) & (column < width)).to(like.dtype).unsqueeze(-1)
     masks = shifted_window_masks(size, shift, like)
     groups = [(group.shape[0], mask) for group, mask in zip(groups, masks, strict=True)]
-    return WindowPartition(batch, to_windows, is_token, from_windows, groups)
+    return WindowPartition(batch, to_windows, is_token, from_windows[:, :height, :width].flatten(), groups)
 
 
 def shifted_window_masks(size: int, shift: int, like: torch.Tensor) -> list[torch.Tensor | None]:
@@ -294,13 +292,11 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * dimension, 2 * dimension, bias=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, H, W, C) → (B, ⌈H/2⌉, ⌈W/2⌉, 2C)
-        batch, height, width, channels = hidden_states.shape
-        rows, columns = (height + 1) // 2, (width + 1) // 2
-        if may_differ((2 * rows, 2 * columns), (height, width)):
-            hidden_states = F.pad(hidden_states, (0, 0, 0, 2 * columns - width, 0, 2 * rows - height))
-        squares = hidden_states.reshape(batch, rows, 2, columns, 2, channels)
-        # The tokens of a square in the order (0, 0), (1, 0), (0, 1), (1, 1) of (row, column).
-        return self.reduction(self.norm(squares.permute(0, 1, 3, 4, 2, 5).flatten(3)))
+        height, width = hidden_states.shape[1:3]
+        if height % 2 or width % 2:
+            hidden_states = F.pad(hidden_states, (0, 0, 0, width % 2, 0, height % 2))
+        phases = [hidden_states[:, row::2, column::2] for row, column in ((0, 0), (1, 0), (0, 1), (1, 1))]
+        return self.reduction(self.norm(torch.cat(phases, dim=-1)))
 
 
 class SwinStage(nn.Module):

@@ -9,11 +9,6 @@ from torch import nn
 from .hardware_birefnet import loses_digits_in_long_sums, split_channels
 
 
-def may_differ(sizes: tuple[int, ...], others: tuple[int, ...]) -> bool:
-    """Whether sizes differ. In an export for any size, where sizes are symbols, whether they can differ."""
-    return any(not isinstance(size - other, int) or size != other for size, other in zip(sizes, others, strict=True))
-
-
 def resize(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """
     Resize (B, C, h, w) to `size` (H, W), bilinear with aligned corners, as everywhere in BiRefNet.

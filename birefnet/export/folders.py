@@ -75,6 +75,11 @@ def write_programs(model, processor, out, targets, file_format, size, dynamic_ba
     from birefnet.inference.runtimes import RUNTIMES
 
     is_dynamic = size == "dynamic"
+    if is_dynamic and model.config.backbone.startswith("swin_v1"):
+        raise UsageError(
+            f"--size dynamic: a Swin network ({model.config.backbone}) has one file per size. How many windows are "
+            "shifted depends on the size, and runtimes plan their memory for one such number."
+        )
     own_size = (processor.size["height"], processor.size["width"])
     size = own_size if size is None or is_dynamic else size
     pairs = expected_logits(model, processor, photo or draw_picture(), input_shapes(size, is_dynamic, dynamic_batch))

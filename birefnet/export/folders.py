@@ -100,7 +100,7 @@ def write_programs(model, processor, out, targets, file_format, size, dynamic_ba
                 for file in _with_weights(written):
                     shutil.copyfile(file, target.with_name(f".{file.name}.part"))
                     os.replace(target.with_name(f".{file.name}.part"), target.with_name(file.name))
-        write_settings(Path(out), model.config, processor, size)
+                write_settings(Path(out), model.config, processor, size)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise CommandError(f"{out}: no space left; the files need about as much as the weights.") from error
@@ -165,26 +165,24 @@ def write_settings(folder: Path, config, processor, size: tuple[int, int]) -> No
 
     A folder that holds a complete repository keeps its `config.json`, and its processor's code stays in use.
     """
-    has_code = (folder / "image_processing_birefnet.py").is_file()
-    if not has_code:
+    if not (folder / "image_processing_birefnet.py").is_file():
         settings = config.to_dict()
         for name in ("auto_map", "custom_pipelines"):  # lead to code that this folder does not have
             settings.pop(name, None)
         _write_json(folder / "config.json", settings)
     settings = json.loads(processor.to_json_string())
     settings["size"] = {"height": size[0], "width": size[1]}
-    _write_json(folder / "preprocessor_config.json", processor_settings(settings, has_code))
+    _write_json(folder / "preprocessor_config.json", processor_settings(settings))
 
 
-def processor_settings(settings: dict, has_code: bool) -> dict:
+def processor_settings(settings: dict) -> dict:
     """
-    A processor's settings with a type that transformers.js knows. Python finds the class by `auto_map` or by the type
-    of the configuration.
+    A processor's settings with a type that transformers.js knows. Python finds its own class by `auto_map`, or by the
+    configuration's type where the class is registered.
     """
     settings = {name: value for name, value in settings.items() if name != "image_processor_type"}
-    if not has_code:
-        settings.pop("auto_map", None)
-    return {**settings, "feature_extractor_type": "ViTFeatureExtractor"}
+    auto_map = {"AutoImageProcessor": "image_processing_birefnet.BiRefNetImageProcessor"}
+    return {**settings, "auto_map": auto_map, "feature_extractor_type": "ViTFeatureExtractor"}
 
 
 def _write_json(path: Path, settings: dict) -> None:

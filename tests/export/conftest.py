@@ -7,10 +7,6 @@ import subprocess
 import pytest
 
 
-SLOW = os.environ.get("BIREFNET_SLOW") == "1"
-slow = pytest.mark.skipif(not SLOW, reason="takes minutes: set BIREFNET_SLOW=1")
-
-
 @pytest.fixture(scope="session")
 def tiny_swin():
     """A network with all blocks of the lite one, narrower and shallower, and its processor at 64 x 96."""

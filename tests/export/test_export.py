@@ -1,6 +1,7 @@
 """Exported files compute what PyTorch computes, and nothing else is kept."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from birefnet.inference import load_model, load_remover
 from birefnet.repository import BiRefNetImageProcessor
 from birefnet.repository.pipeline_birefnet import BiRefNetPipeline
 
+
+slow = pytest.mark.skipif(os.environ.get("BIREFNET_SLOW") != "1", reason="takes minutes: set BIREFNET_SLOW=1")
 
 for name in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(name)
@@ -34,7 +37,9 @@ def relative_difference(model, network, pixel_values):
 def test_swin_network_in_onnx(tiny_swin, tmp_path):
     reports = write(tiny_swin, tmp_path, dtypes=("float32", "float16", "int8"))
     for report in reports:
-        assert verification.Agreement(**report.agreement).measure(report.dtype) <= verification.TOLERANCES[report.dtype]
+        assert (
+            verification.Agreement(**report.agreement).measure(report.dtype) <= verification.TOLERANCES[report.dtype]
+        )
     sizes = {report.dtype: report.megabytes for report in reports}
     assert sizes["int8"] < 0.3 * sizes["float32"]
     network = BiRefNetOnnxModel(tmp_path / "onnx" / "model.onnx", tiny_swin[0].config)
@@ -42,6 +47,7 @@ def test_swin_network_in_onnx(tiny_swin, tmp_path):
         network(torch.zeros(1, 3, 96, 64))
 
 
+@slow
 def test_swin_network_for_any_batch(tiny_swin, tmp_path):
     write(tiny_swin, tmp_path, dynamic_batch=True)
     network = BiRefNetOnnxModel(tmp_path / "onnx" / "model.onnx", tiny_swin[0].config)
@@ -50,6 +56,7 @@ def test_swin_network_for_any_batch(tiny_swin, tmp_path):
         assert relative_difference(tiny_swin[0], network, pixel_values) <= 1e-4
 
 
+@slow
 def test_swin_network_in_openvino(tiny_swin, tmp_path):
     pytest.importorskip("openvino")
     write(tiny_swin, tmp_path, "openvino", dtypes=("float32", "float16"))

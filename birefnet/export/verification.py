@@ -1,5 +1,6 @@
 """Comparing what an exported file computes with what PyTorch does."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +38,7 @@ class Agreement:
 
 
 def max_with_nan(a: float, b: float) -> float:
-    return b if not b <= a else a
+    return a if math.isnan(a) or b <= a else b
 
 
 def input_shapes(size: tuple[int, int], dynamic_size: bool, dynamic_batch: bool) -> list[tuple[int, int, int]]:

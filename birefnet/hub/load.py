@@ -81,7 +81,8 @@ def _own_settings(checkpoint, name):
     path = Path(checkpoint).with_name(name)
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     own = settings.get("model_type") == "birefnet" and "backbone" in settings
-    return settings if own or settings.get("image_processor_type") == "BiRefNetImageProcessor" else None
+    processor = str(settings.get("auto_map", {}).get("AutoImageProcessor") or settings.get("image_processor_type"))
+    return settings if own or processor.endswith("BiRefNetImageProcessor") else None
 
 
 def load_source(source, variant_name=None, dtype=None):

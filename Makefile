@@ -3,7 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test clean
+OLDEST_PYTHON ?= python3.10
+OLDEST_VENV := .venv-oldest
+
+.PHONY: help demo test test-oldest clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
@@ -19,6 +22,15 @@ test: $(VENV)/test.installed  ## check the style and run the tests
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python -m pytest -m "not hub" $(PYTEST_ARGUMENTS)
 
+test-oldest: $(OLDEST_VENV)/test.installed  ## run the tests with Python 3.10 and the oldest dependencies
+	$(OLDEST_VENV)/bin/python -m pytest -m "not hub" $(PYTEST_ARGUMENTS)
+
+$(OLDEST_VENV)/test.installed: pyproject.toml constraints-oldest.txt
+	$(OLDEST_PYTHON) -m venv $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt \
+		--editable '.[test,heif]'
+	touch $@
+
 $(VENV)/demo.installed $(VENV)/test.installed: $(VENV)/%.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable '.[$*]'
 	touch $@
@@ -27,4 +39,4 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:  ## remove .venv, out/ and build results
-	rm -rf $(VENV) out build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST_VENV) out build dist *.egg-info

@@ -1,6 +1,7 @@
 """Backbones of BiRefNet: Swin Transformer v1 in the layout of the official checkpoints, and any timm model."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,11 +12,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .configuration_birefnet import DINO_V3_BACKBONES, SWIN_BACKBONES
 from .hardware_birefnet import (
     attend_with_batched_products,
+    can_fuse,
     concatenate_tiles,
+    convolve_and_activate,
+    fastest_layout,
     infers_in_bfloat16,
     prepack_layer,
     row_tiles,
 )
+from .layers_birefnet import IDENTITY, fold_batch_norm
 
 
 def create_backbone(config):
@@ -69,11 +74,109 @@ def _create_timm_backbone(config):
     # Some timm networks (Swin, hybrids) return (B, H, W, C) and declare it; the decoder takes (B, C, H, W).
     if getattr(backbone, "output_fmt", None) is not None and "NHWC" in str(backbone.output_fmt):
         backbone.register_forward_hook(_channels_first)
+    for module in backbone.modules():
+        if type(module).__name__ in FOLDED_FORWARDS:
+            module.forward = partial(FOLDED_FORWARDS[type(module).__name__], module)
     return backbone, tuple(backbone.feature_info.channels()), len(set(strides)) == 1
 
 
 def _channels_first(module, inputs, features):
     return [feature.permute(0, 3, 1, 2) for feature in features]
+
+
+# The forward passes of timm's EfficientNet, MobileNet and MnasNet blocks, with each norm folded into its convolution.
+# They have no parameters of their own, and leave training, tracing and unknown layers to timm.
+
+
+def efficientnet_features(network: nn.Module, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+    if network.feature_hooks is not None or not can_fuse(pixel_values, IDENTITY):
+        return type(network).forward(network, pixel_values)
+    hidden_states = convolve_normalize_activate(fastest_layout(pixel_values), network.conv_stem, network.bn1)
+    features = [hidden_states] if 0 in network._stage_out_idx else []
+    for number, block in enumerate(network.blocks, start=1):
+        hidden_states = block(hidden_states)
+        if number in network._stage_out_idx:
+            features.append(hidden_states)
+    return features
+
+
+def inverted_residual(block: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    if getattr(block, "conv_s2d", None) is not None:
+        return type(block).forward(block, hidden_states)
+    shortcut = hidden_states
+    hidden_states = convolve_normalize_activate(hidden_states, block.conv_pw, block.bn1)
+    hidden_states = convolve_normalize_activate(hidden_states, block.conv_dw, block.bn2)
+    hidden_states = block.se(block.aa(hidden_states))
+    hidden_states = convolve_normalize_activate(hidden_states, block.conv_pwl, block.bn3)
+    return block.drop_path(hidden_states) + shortcut if block.has_skip else hidden_states
+
+
+def depthwise_separable(block: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    if getattr(block, "conv_s2d", None) is not None:
+        return type(block).forward(block, hidden_states)
+    shortcut = hidden_states
+    hidden_states = convolve_normalize_activate(hidden_states, block.conv_dw, block.bn1)
+    hidden_states = block.se(block.aa(hidden_states))
+    hidden_states = convolve_normalize_activate(hidden_states, block.conv_pw, block.bn2)
+    return block.drop_path(hidden_states) + shortcut if block.has_skip else hidden_states
+
+
+FOLDED_FORWARDS = {
+    "EfficientNetFeatures": efficientnet_features,
+    "InvertedResidual": inverted_residual,
+    "DepthwiseSeparableConv": depthwise_separable,
+}
+
+
+def convolve_normalize_activate(hidden_states: torch.Tensor, convolution: nn.Module, norm: nn.Module) -> torch.Tensor:
+    """
+    `norm(convolution(hidden_states))` of timm, where the norm includes the activation.
+
+    Folds the norm into the convolution in inference, if both are plain modules (no adapter, no hook).
+    """
+    activation = getattr(norm, "act", None)
+    if not (is_plain(convolution, "Conv2d", "Conv2dSame") and is_plain(norm, "BatchNormAct2d")):
+        return norm(convolution(hidden_states))
+    if norm.training or isinstance(convolution.padding, str) or not can_fuse(hidden_states, activation):
+        return norm(convolution(hidden_states))
+    weight, bias = fold_batch_norm(convolution.weight, convolution.bias, norm, like=hidden_states)
+    options = {name: getattr(convolution, name) for name in ("stride", "padding", "dilation", "groups")}
+    if type(convolution).__name__ == "Conv2dSame":
+        hidden_states, weight, options["padding"] = pad_to_same_size(hidden_states, weight, convolution)
+    return convolve_and_activate(hidden_states, weight, bias, activation, **options)
+
+
+def is_plain(module: nn.Module, *names: str) -> bool:
+    """Whether a module is of one of these classes and nothing replaces or watches its forward pass."""
+    is_watched = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module).__name__ in names and not is_watched
+
+
+def pad_to_same_size(
+    maps: torch.Tensor, weight: torch.Tensor, convolution: nn.Conv2d
+) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
+    """
+    TensorFlow's padding "same": output of size ⌈input / stride⌉, with an odd pixel of padding at the right and bottom.
+
+    `F.conv2d` pads both sides alike. An odd pixel goes to the kernel, as a zero row at its top or a zero column at its
+    left. Then both sides of the map have the same padding, and padding a map takes longer than convolving it.
+
+    Returns:
+        Maps, weight and padding for `F.conv2d`.
+    """
+    (top, bottom), (left, right) = (same_padding(maps.shape[2 + axis], convolution, axis) for axis in (0, 1))
+    if max(convolution.dilation) > 1:
+        return F.pad(maps, (left, right, top, bottom)), weight, (0, 0)
+    return maps, F.pad(weight, (right - left, 0, bottom - top, 0)), (bottom, right)
+
+
+def same_padding(size: int, convolution: nn.Conv2d, axis: int) -> tuple[int, int]:
+    """Padding before and after an axis of `size` pixels for TensorFlow's padding "same"."""
+    stride, dilation, kernel_size = (
+        getattr(convolution, name)[axis] for name in ("stride", "dilation", "kernel_size")
+    )
+    total = max((-(-size // stride) - 1) * stride + dilation * (kernel_size - 1) + 1 - size, 0)
+    return total // 2, total - total // 2
 
 
 class DropPath(nn.Module):
@@ -213,7 +316,8 @@ class WindowAttention(nn.Module):
         return concatenate_tiles(self.attend_tile_by_tile(hidden_states, partition), positions)
 
     def attend_tile_by_tile(self, hidden_states: torch.Tensor, partition: WindowPartition) -> Iterator[torch.Tensor]:
-        bias, embed = self.relative_position_bias(), prepack_layer(self.qkv)
+        bias = self.relative_position_bias().to(hidden_states.dtype)
+        embed = prepack_layer(self.qkv, like=hidden_states)
         tokens, channels = self.window_size**2, hidden_states.shape[-1]
         start = 0
         for number, mask in partition.groups:
@@ -247,11 +351,11 @@ class SwinMLP(nn.Module):
         self.fc2 = nn.Linear(hidden_dimension, dimension)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (..., C) → (..., C)
-        return self.prepacked()(hidden_states)
+        return self.prepacked(hidden_states)(hidden_states)
 
-    def prepacked(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The MLP as a function to be called for tile after tile."""
-        fc1, fc2 = prepack_layer(self.fc1), prepack_layer(self.fc2)
+    def prepacked(self, like: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The MLP as a function to be called for tile after tile, of the dtype of `like`."""
+        fc1, fc2 = prepack_layer(self.fc1, like), prepack_layer(self.fc2, like)
         return lambda hidden_states: fc2(F.gelu(fc1(hidden_states)))
 
 
@@ -269,7 +373,7 @@ class SwinBlock(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: torch.Tensor, partition: WindowPartition) -> torch.Tensor:  # (B·H·W, C)
         attended = self.attn(self.norm1(hidden_states), partition)
-        project, mlp = prepack_layer(self.attn.proj), self.mlp.prepacked()
+        project, mlp = prepack_layer(self.attn.proj, hidden_states), self.mlp.prepacked(hidden_states)
 
         def finish(tokens: slice) -> torch.Tensor:
             branch = project(attended.index_select(0, partition.from_windows[tokens]))

@@ -6,8 +6,8 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .deformable_birefnet import ATTENTION_BLOCKS
-from .hardware_birefnet import add_in_tiles
-from .layers_birefnet import convolve, convolve_and_normalize, fold_batch_norm, image_laplacian, resize
+from .hardware_birefnet import convolve_and_activate, fastest_layout
+from .layers_birefnet import IDENTITY, RELU, convolve, convolve_and_normalize, fold_batch_norm, image_laplacian, resize
 
 
 class DecoderBlock(nn.Module):
@@ -38,7 +38,7 @@ class DecoderBlock(nn.Module):
             (B, out channels, h, w). With a head (B, 1, h, w), the head's output.
         """
         parts = [parts] if isinstance(parts, torch.Tensor) else parts
-        inner = F.relu(convolve_and_normalize(parts, self.conv_in, self.bn_in))
+        inner = convolve_and_normalize(parts, self.conv_in, self.bn_in, RELU)
         if not self.is_residual:
             parts.clear()
         if self.has_attention:
@@ -49,14 +49,17 @@ class DecoderBlock(nn.Module):
                 output = output + convolve(parts, self.conv_resi.weight, self.conv_resi.bias)
             return output if head is None else F.conv2d(output, head)
         # The rest of the block is linear, so the head composes with it: one output channel instead of many.
-        weight, bias = fold_batch_norm(self.conv_out.weight, self.conv_out.bias, self.bn_out)
-        output = F.conv2d(inner, *apply_head(head, weight, bias), padding=1)
+        weight, bias = fold_batch_norm(self.conv_out.weight, self.conv_out.bias, self.bn_out, like=inner)
+        output = F.conv2d(inner, *apply_head(head, weight, bias, like=inner), padding=1)
         if self.is_residual:
-            output = output + convolve(parts, *apply_head(head, self.conv_resi.weight, self.conv_resi.bias))
+            residual = apply_head(head, self.conv_resi.weight, self.conv_resi.bias, like=inner)
+            output = output + convolve(parts, *residual)
         return output
 
 
-def apply_head(head: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def apply_head(
+    head: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, like: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Compose a convolution with the 1×1 convolution `head`, which follows it and has no bias.
 
@@ -64,13 +67,14 @@ def apply_head(head: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> 
         head: (1, out, 1, 1).
         weight: (out, C, k, k).
         bias: (out,).
+        like: Tensor of the convolution's input dtype.
 
     Returns:
-        Weight (1, C, k, k) and bias (1,) of the single convolution that does both.
+        Weight (1, C, k, k) and bias (1,) of the single convolution that does both, in the dtype of `like`.
     """
     head = head.flatten(1).float()  # (1, out channels)
     combined = (head @ weight.flatten(1).float()).view(1, *weight.shape[1:])
-    return combined.to(weight.dtype), (head @ bias.float()).to(weight.dtype)
+    return combined.to(like.dtype), (head @ bias.float()).to(like.dtype)
 
 
 class SourceBlock(GradientCheckpointingLayer):
@@ -95,11 +99,11 @@ class SourceBlock(GradientCheckpointingLayer):
         Args:
             head: (1, out channels, 1, 1).
         """
-        second, second_bias = apply_head(head, self.conv_out.weight, self.conv_out.bias)
+        second, second_bias = apply_head(head, self.conv_out.weight, self.conv_out.bias, like=image)
         second, first, first_bias = second.float(), self.conv1.weight.float(), self.conv1.bias.float()
         both = F.conv_transpose2d(second, first)  # (1, 3, 5, 5), correlation of the two kernels
         both_bias = second_bias + (second.sum(dim=(2, 3)) @ first_bias).to(second_bias.dtype)
-        inner = F.conv2d(image, both.to(image.dtype), both_bias.to(image.dtype), padding=1)
+        inner = F.conv2d(fastest_layout(image), both.to(image.dtype), both_bias.to(image.dtype), padding=1)
 
         def exact(strip):
             hidden = self.conv1(strip)
@@ -136,13 +140,13 @@ class LateralBlock(NeckBlock):
         Returns:
             (B, C, h, w)
         """
-        weight, bias = self.conv.weight, self.conv.bias.view(1, -1, 1, 1)
+        weight, bias = self.conv.weight.to(full.dtype), self.conv.bias.view(1, -1, 1, 1)
         if half is not None:
             scales_are_added = weight.shape[1] == full.shape[1]
             weight, half_weight = (weight, weight) if scales_are_added else weight.split(full.shape[1], dim=1)
             deeper = deeper + F.conv2d(half, half_weight)
         output = resize(deeper + bias, full.shape[-2:])
-        return add_in_tiles(output, lambda rows: F.conv2d(full[:, :, rows], weight))
+        return convolve_and_activate(full, weight, None, IDENTITY, addend=output)
 
 
 def image_to_patches(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -304,7 +308,7 @@ class BiRefNetDecoder(nn.Module):
         if not self.config.gradient_reference:
             return hidden_states
         convolution, norm, activation = getattr(self, f"gdt_convs_{stage}")
-        gradient_features = activation(convolve_and_normalize([hidden_states], convolution, norm))
+        gradient_features = convolve_and_normalize([hidden_states], convolution, norm, activation)
         if self.training:
             collect("gradient_logits", getattr(self, f"gdt_convs_pred_{stage}")(gradient_features))
             # The target depends on the stage's own prediction and is not detached, as published.

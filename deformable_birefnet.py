@@ -8,7 +8,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .hardware_birefnet import concatenate_tiles, prepack_weight, row_tiles
-from .layers_birefnet import convolve_and_normalize, fold_batch_norm
+from .layers_birefnet import RELU, convolve_and_normalize, fold_batch_norm
 
 
 # Size of the samples of one tile of rows on devices other than a CPU. It bounds the memory.
@@ -47,10 +47,12 @@ def deformable_convolution(
     """
     batch, channels, height, width = hidden_states.shape
     _check_shapes(hidden_states, offsets, modulator, weight)
+    if torch.compiler.is_exporting() and epilogue is None:
+        return convolve_sampled_grid(hidden_states, offsets, modulator, weight, bias)
     out_channels, kernel_size = weight.shape[0], weight.shape[-1]
     taps = kernel_size**2
     pixels = F.pad(hidden_states.permute(0, 2, 3, 1), (0, 0, 2, 2, 2, 2)).view(-1, channels)  # two zeros on each side
-    apply_kernel = prepack_weight(weight.permute(0, 2, 3, 1).reshape(out_channels, taps * channels), bias)
+    apply_kernel = prepack_weight(weight.permute(0, 2, 3, 1).reshape(out_channels, -1), bias, like=hidden_states)
 
     def tile_by_tile() -> Iterator[torch.Tensor]:  # each (B, rows, W, out channels)
         images = 1 if torch.compiler.is_compiling() else batch  # a traced batch may be symbolic, a tile's size may not
@@ -67,6 +69,42 @@ def deformable_convolution(
                 yield tile if epilogue is None else epilogue(tile)
 
     return concatenate_tiles(tile_by_tile(), height, dim=1).permute(0, 3, 1, 2)
+
+
+def convolve_sampled_grid(
+    hidden_states: torch.Tensor,
+    offsets: torch.Tensor,
+    modulator: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    [`deformable_convolution`] by `F.grid_sample`, for exported programs.
+
+    Every runtime has an operator for `grid_sample`, and few have one for `embedding_bag`. The kernel is applied row by
+    row, which bounds the memory.
+    """
+    height, width = hidden_states.shape[-2:]
+    kernel_size = weight.shape[-1]
+    dtype, device = hidden_states.dtype, hidden_states.device
+    tap = torch.arange(kernel_size, dtype=dtype, device=device) - kernel_size // 2
+    offsets = offsets.unflatten(1, (kernel_size, kernel_size, 2))  # (B, k, k, 2, H, W)
+    modulation = 2 * torch.sigmoid(modulator).unflatten(1, (kernel_size, kernel_size))  # (B, k, k, H, W)
+    row_of_pixel = torch.arange(height, dtype=dtype, device=device).view(height, 1)
+    column_of_pixel = torch.arange(width, dtype=dtype, device=device) + tap.view(kernel_size, 1, 1)  # (k, 1, W)
+    output = None
+    for index in range(kernel_size):
+        rows = offsets[:, index, :, 0] + (row_of_pixel + tap[index])  # (B, k, H, W)
+        columns = offsets[:, index, :, 1] + column_of_pixel
+        # The operator's coordinates are -1 and 1 at the outer edges of the outermost pixels.
+        grid = torch.stack([(2 * columns + 1) / width - 1, (2 * rows + 1) / height - 1], dim=-1)
+        grid = grid.permute(0, 2, 3, 1, 4).flatten(2, 3)  # (B, H, W·k, 2)
+        samples = F.grid_sample(hidden_states, grid, align_corners=False)  # (B, C, H, W·k)
+        samples = samples * modulation[:, index].permute(0, 2, 3, 1).flatten(2).unsqueeze(1)
+        row_bias = bias if index == 0 else None
+        part = F.conv2d(samples, weight[:, :, index : index + 1], row_bias, stride=(1, kernel_size))
+        output = part if output is None else output + part
+    return output
 
 
 def _check_shapes(hidden_states, offsets, modulator, weight):
@@ -136,7 +174,13 @@ class ZeroInitializedConvolution(nn.Conv2d):
 
 
 class DeformableConvolution(GradientCheckpointingLayer):
-    """Deformable convolution that predicts its offsets and modulation by convolutions, which start at zero."""
+    """
+    Deformable convolution that predicts its offsets and modulation by convolutions, which start at zero.
+
+    `operator` computes it: [`deformable_convolution`], or the operator of another runtime during an export.
+    """
+
+    operator = staticmethod(deformable_convolution)
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
         super().__init__()
@@ -163,7 +207,7 @@ class DeformableConvolution(GradientCheckpointingLayer):
         """
         offsets, modulator = self.offsets_and_modulator(hidden_states)
         weight = self.regular_conv.weight if weight is None else weight
-        return deformable_convolution(hidden_states, offsets, modulator, weight, **options)
+        return self.operator(hidden_states, offsets, modulator, weight, **options)
 
 
 class DeformableBranch(nn.Module):
@@ -177,8 +221,10 @@ class DeformableBranch(nn.Module):
     def forward(self, hidden_states: torch.Tensor, fusion: torch.Tensor) -> torch.Tensor:
         if self.bn.training:  # batch statistics need the whole map
             return F.conv2d(F.relu(self.bn(self.atrous_conv(hidden_states))), fusion)
-        weight, bias = fold_batch_norm(self.atrous_conv.regular_conv.weight, None, self.bn)
-        fuse = prepack_weight(fusion.flatten(1), None)
+        weight, bias = fold_batch_norm(self.atrous_conv.regular_conv.weight, None, self.bn, like=hidden_states)
+        if torch.compiler.is_exporting():  # other runtimes keep maps channels-first
+            return F.conv2d(F.relu(self.atrous_conv(hidden_states, weight, bias=bias)), fusion)
+        fuse = prepack_weight(fusion.flatten(1), None, like=hidden_states)
         return self.atrous_conv(hidden_states, weight, bias=bias, epilogue=lambda tile: fuse(F.relu_(tile)))
 
 
@@ -194,7 +240,7 @@ class AtrousBranch(nn.Module):
         self.bn = nn.BatchNorm2d(out_channels)
 
     def forward(self, hidden_states: torch.Tensor, fusion: torch.Tensor) -> torch.Tensor:
-        return F.conv2d(F.relu(convolve_and_normalize([hidden_states], self.atrous_conv, self.bn)), fusion)
+        return F.conv2d(convolve_and_normalize([hidden_states], self.atrous_conv, self.bn, RELU), fusion)
 
 
 class AtrousSpatialPyramidPooling(nn.Module):

@@ -6,7 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .hardware_birefnet import loses_digits_in_long_sums, split_channels
+from .hardware_birefnet import convolve_and_activate, loses_digits_in_long_sums, split_channels
+
+
+IDENTITY, RELU = nn.Identity(), nn.ReLU()
 
 
 def resize(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -21,7 +24,7 @@ def resize(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def fold_batch_norm(
-    weight: torch.Tensor, bias: torch.Tensor | None, norm: nn.BatchNorm2d
+    weight: torch.Tensor, bias: torch.Tensor | None, norm: nn.BatchNorm2d, like: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Fold a batch norm with running statistics into the convolution before it.
@@ -33,9 +36,10 @@ def fold_batch_norm(
         weight: (out, C, k, k) of the convolution.
         bias: (out,) of the convolution.
         norm: Batch norm of `out` channels.
+        like: Tensor of the convolution's input dtype.
 
     Returns:
-        Weight and bias of the single convolution that does both.
+        Weight and bias of the single convolution that does both, in the dtype of `like`.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     scale = norm.weight.to(dtype) * torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
@@ -43,12 +47,18 @@ def fold_batch_norm(
     if bias is not None:
         shift = shift + bias.to(dtype) * scale
     folded = weight.to(dtype) * scale.view(-1, *(1,) * (weight.ndim - 1))
-    return folded.to(weight.dtype), shift.to(weight.dtype)
+    return folded.to(like.dtype), shift.to(like.dtype)
 
 
-def convolve(parts: Sequence[torch.Tensor], weight: torch.Tensor, bias: torch.Tensor, **options) -> torch.Tensor:
+def convolve(
+    parts: Sequence[torch.Tensor],
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: nn.Module = IDENTITY,
+    **options,
+) -> torch.Tensor:
     """
-    Convolve the concatenation of `parts` along the channels, without building the concatenation.
+    `activation(F.conv2d(torch.cat(parts, dim=1), weight, bias, **options))`, without building the concatenation.
 
     Convolves each part with its slice of the weight and sums the results.
 
@@ -56,32 +66,35 @@ def convolve(parts: Sequence[torch.Tensor], weight: torch.Tensor, bias: torch.Te
         parts: Maps (B, C_i, H, W).
         weight: (out, Σ C_i, k, k).
         bias: (out,).
-        options: Padding and dilation, as in `F.conv2d`.
+        activation: Pointwise module.
+        options: Stride, padding and dilation, as in `F.conv2d`.
 
     Returns:
         (B, out, H, W)
     """
     if loses_digits_in_long_sums(parts[0]):  # sums of few channels are more exact there
         parts = [block for part in parts for block in split_channels(part)]
-    first, *others = zip(parts, weight.split([part.shape[1] for part in parts], dim=1), strict=True)
-    output = F.conv2d(*first, bias, **options)
-    for part in others:
-        output += F.conv2d(*part, **options)
-    return output
+    *terms, last = zip(parts, weight.split([part.shape[1] for part in parts], dim=1), strict=True)
+    output = None
+    for term in terms:
+        output = convolve_and_activate(*term, bias, IDENTITY, addend=output, **options)
+        bias = None  # added once
+    return convolve_and_activate(*last, bias, activation, addend=output, **options)
 
 
 def convolve_and_normalize(
-    parts: Sequence[torch.Tensor], convolution: nn.Conv2d, norm: nn.BatchNorm2d
+    parts: Sequence[torch.Tensor], convolution: nn.Conv2d, norm: nn.BatchNorm2d, activation: nn.Module = IDENTITY
 ) -> torch.Tensor:
     """
-    `norm(convolution(torch.cat(parts, dim=1)))`, without building the concatenation.
+    `activation(norm(convolution(torch.cat(parts, dim=1))))`, without building the concatenation.
 
     In evaluation the norm is folded into the convolution.
     """
-    options = {"padding": convolution.padding, "dilation": convolution.dilation}
+    options = {name: getattr(convolution, name) for name in ("stride", "padding", "dilation")}
     if norm.training:
-        return norm(convolve(parts, convolution.weight, convolution.bias, **options))
-    return convolve(parts, *fold_batch_norm(convolution.weight, convolution.bias, norm), **options)
+        return activation(norm(convolve(parts, convolution.weight, convolution.bias, **options)))
+    folded = fold_batch_norm(convolution.weight, convolution.bias, norm, like=parts[0])
+    return convolve(parts, *folded, activation, **options)
 
 
 def image_laplacian(pixel_values: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput
 
 from .backbone_birefnet import WindowAttention, create_backbone, relative_position_index
 from .checkpoint_birefnet import (
@@ -22,6 +22,7 @@ from .checkpoint_birefnet import (
 from .configuration_birefnet import BiRefNetConfig
 from .decoder_birefnet import BiRefNetDecoder, DecoderBlock
 from .deformable_birefnet import ATTENTION_BLOCKS, ZeroInitializedConvolution
+from .hardware_birefnet import ConvertedWeights, compute_plan
 from .layers_birefnet import resize
 from .loss_birefnet import BiRefNetLoss, task_loss_weights
 
@@ -30,8 +31,6 @@ if TYPE_CHECKING:  # never runs; makes transformers copy these files when it sav
     from .image_processing_birefnet import BiRefNetImageProcessor  # noqa: F401
     from .pipeline_birefnet import BiRefNetPipeline  # noqa: F401
 
-
-logger = logging.get_logger(__name__)
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
@@ -204,13 +203,22 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         if return_dict is None:
             return_dict = self.config.return_dict
-        pixel_values = pixel_values.to(self.dtype)
-        if self.dtype == torch.float16 and self.device.type == "cpu":
-            logger.warning_once(
-                "float16 on a CPU can be hundreds of times slower than float32: load with dtype=torch.float32 or "
-                "torch.bfloat16."
-            )
+        computes_as_stored = self.training or torch.compiler.is_compiling()
+        arithmetic = self.dtype if computes_as_stored else compute_plan(pixel_values.device, self.dtype).arithmetic
+        if arithmetic == self.dtype:
+            output = self.compute(pixel_values.to(self.dtype), labels, output_hidden_states)
+        else:  # half-precision weights on a CPU that is faster in another dtype
+            with ConvertedWeights(self.dtype, arithmetic):
+                output = self.compute(pixel_values.to(arithmetic), labels, output_hidden_states)
+            output.logits = output.logits.to(self.dtype)
+            if output.hidden_states is not None:
+                output.hidden_states = tuple(maps.to(self.dtype) for maps in output.hidden_states)
+        return output if return_dict else output.to_tuple()
 
+    def compute(
+        self, pixel_values: torch.Tensor, labels: torch.Tensor | None, output_hidden_states: bool
+    ) -> BiRefNetImageSegmentationOutput:
+        """The forward pass in the dtype of `pixel_values`, with checked arguments."""
         laterals, x4 = self.encode(pixel_values)
         features = [*(self.join_scales(*maps) for maps in laterals), x4] if output_hidden_states else []
         if self.config.squeeze_block is not None:
@@ -225,14 +233,13 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
                 training_outputs.get("gradient_logits"),
                 training_outputs.get("gradient_targets"),
             )
-        output = BiRefNetImageSegmentationOutput(
+        return BiRefNetImageSegmentationOutput(
             loss=loss,
             logits=logits,
             hidden_states=tuple(features) or None,
             loss_terms=loss_terms,
             **training_outputs,
         )
-        return output if return_dict else output.to_tuple()
 
     def encode(self, pixel_values: torch.Tensor) -> tuple[list[tuple[torch.Tensor, ...]], torch.Tensor]:
         """

@@ -3,6 +3,7 @@
     python benchmarks/speed.py                                              # 1024², batch 1, on this machine's device
     python benchmarks/speed.py --models lite --sizes 512 1024 2048 --batches 1 8
     python benchmarks/speed.py --peer CHECKOUT --onnx FILE --json out/speed.json --picture out/speed.png
+    python benchmarks/speed.py --models . --sizes 448 --dtypes float32 --no-plain --onnx FILE   # the embedded network
 
 All subjects of a case run in turns in one process, so a disturbance of the machine affects all of them alike. A matrix
 product runs in turn with them. Its rate is the roofline.
@@ -24,11 +25,13 @@ from roofline import MatrixProduct, count_flop
 from subjects import COMPILED, PLAIN, PROJECT, PUBLISHED, Subject, configuration, load_model
 
 from birefnet.inference.quantization import obstacle
+from birefnet.repository.hardware_birefnet import compute_plan
 
 
 COLUMNS = (
     ("subject", "{subject}"),
     ("dtype", "{dtype}"),
+    ("arithmetic", "{arithmetic}"),
     ("seconds", "{seconds:.3f}"),
     ("images/s", "{images_per_second:.2f}"),
     ("× plain", "{faster_than_plain:.2f}"),
@@ -56,8 +59,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--dtypes",
         nargs="+",
         choices=["float32", "bfloat16", "float16", "int8"],
-        help="default: float32 and bfloat16; on a GPU also float16, which most CPUs have no arithmetic for; on a CPU "
-        "with int8 arithmetic also int8 (this project only)",
+        help="dtypes of the weights; default: float32 and bfloat16, on a GPU also float16, on a CPU with int8 "
+        "arithmetic also int8 (this project only)",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
@@ -137,12 +140,15 @@ def measure_case(arguments: argparse.Namespace, model: str, side: int, batch: in
     """One row for each subject at one size and batch."""
     device = torch.device(arguments.device)
     pixel_values = draw_images(batch, side).to(device)
-    flop = count_flop(configuration(model), batch, side)
+    try:
+        flop = count_flop(configuration(model), batch, side)
+    except ValueError:  # the plain formulation does not have this network, so its row has no roofline
+        flop = None
     networks = {dtype: load_model(model, dtype, arguments.device) for dtype in arguments.dtypes}
     runs, rows, mattes = {}, [], {}
     for subject in subjects_of(arguments, model):
         row = {"model": model, "side": side, "batch": batch, "subject": subject.name, "dtype": subject.dtype}
-        row |= {"flop": flop, "error": None, "times": []}
+        row |= {"arithmetic": arithmetic_of(subject, device), "flop": flop, "error": None, "times": []}
         rows.append(row)
         try:
             # Measure memory first, in a separate process: a subject that runs out of memory fails there.
@@ -157,12 +163,20 @@ def measure_case(arguments: argparse.Namespace, model: str, side: int, batch: in
             runs[subject] = (run, row)
         except Exception as error:  # any error: report it in the table and continue with the other subjects
             row["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
-    products = {name: MatrixProduct(device, getattr(torch, name)) for name in arguments.dtypes if name != "int8"}
+    arithmetics = {row["arithmetic"] for row in rows} - {"int8"}
+    products = {name: MatrixProduct(device, getattr(torch, name)) for name in sorted(arithmetics)}
     rates = run_in_turns(list(runs.values()), products, pixel_values, arguments.repeats)
     compare_mattes(mattes, {subject: row for subject, (_, row) in runs.items()})
     for row in rows:
         derive(row, rows, rates)
     return rows
+
+
+def arithmetic_of(subject: Subject, device: torch.device) -> str:
+    """The dtype of a subject's matrix products. This project does not always compute in the dtype of the weights."""
+    if subject.kind != PROJECT or subject.dtype == "int8":
+        return subject.dtype
+    return str(compute_plan(device, getattr(torch, subject.dtype)).arithmetic).removeprefix("torch.")
 
 
 def draw_images(batch: int, side: int) -> torch.Tensor:
@@ -222,8 +236,8 @@ def derive(row: dict, rows: list[dict], rates: dict[str, float]):
     if row["times"]:
         row["seconds"] = statistics.median(row["times"])
         row["images_per_second"] = row["batch"] / row["seconds"]
-        row["matrix_product_rate"] = rates.get(row["dtype"])
-        if row["matrix_product_rate"]:
+        row["matrix_product_rate"] = rates.get(row["arithmetic"])
+        if row["matrix_product_rate"] and row["flop"]:
             row["roofline_percent"] = 100 * row["flop"] / row["seconds"] / row["matrix_product_rate"]
         for name, subject, dtype in (
             ("faster_than_plain", PLAIN, row["dtype"]),
@@ -270,9 +284,8 @@ def main():
             for batch in arguments.batches:
                 case = measure_case(arguments, model, side, batch)
                 rows += case
-                print(
-                    f"\n{model}, {side}², batch {batch}: {case[0]['flop'] / 1e9:.0f} GFLOP\n{table(case)}", flush=True
-                )
+                arithmetic = f": {case[0]['flop'] / 1e9:.0f} GFLOP" if case[0]["flop"] else ""
+                print(f"\n{model}, {side}², batch {batch}{arithmetic}\n{table(case)}", flush=True)
                 if arguments.json:  # after every case, because a long run may be interrupted
                     arguments.json.parent.mkdir(parents=True, exist_ok=True)
                     arguments.json.write_text(json.dumps({"environment": about, "rows": rows}, indent=1) + "\n")

@@ -11,8 +11,9 @@ import torch
 import transformers
 from plain_formulation import plain_logits
 
-from birefnet.inference.quantization import dtype_between, quantize
+from birefnet.inference.quantization import quantize
 from birefnet.repository.configuration_birefnet import BiRefNetConfig
+from birefnet.repository.hardware_birefnet import compute_plan
 from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
 
 
@@ -67,7 +68,7 @@ def load_model(name: str, dtype: str, device: str) -> BiRefNetForImageSegmentati
     else:
         model = BiRefNetForImageSegmentation.from_pretrained(name, dtype=torch.float32)
     if dtype == "int8":
-        return quantize(model.to(device, dtype_between()).eval())
+        return quantize(model.to(device, compute_plan(device, torch.bfloat16).arithmetic).eval())
     return model.to(device, getattr(torch, dtype)).eval()
 
 

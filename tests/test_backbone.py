@@ -1,5 +1,8 @@
 """Parts of the Swin backbone against direct formulations."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +13,7 @@ from birefnet.repository.backbone_birefnet import (
     PatchMerging,
     SwinBlock,
     SwinTransformer,
+    create_backbone,
     partition_windows,
     relative_position_index,
 )
@@ -128,3 +132,78 @@ def test_stochastic_depth_rises_linearly_over_the_blocks():
     assert rates == pytest.approx([0.02 * i for i in range(12)])
     shifts = [block.shift for stage in backbone.layers for block in stage.blocks]
     assert shifts == [0, 3] * 6
+
+
+# timm's EfficientNet with folded norms
+
+
+@pytest.fixture
+def efficientnet():
+    """A backbone of timm whose norms have random statistics, and the same backbone with timm's own forward passes."""
+    pytest.importorskip("timm", reason="the backbone is timm's")
+    torch.manual_seed(0)
+    folded, _, _ = create_backbone(BiRefNetConfig(backbone="tf_efficientnet_lite0"))
+    for norm in folded.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.running_mean.normal_(std=0.1)
+            norm.running_var.uniform_(0.5, 2)
+            torch.nn.init.normal_(norm.bias, std=0.1)
+    original = copy.deepcopy(folded)
+    for module in original.modules():
+        vars(module).pop("forward", None)
+    return folded.eval(), original.eval()
+
+
+def largest_difference(found, expected):
+    return max(((a - b).abs().max() / b.std()).item() for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("size", [(64, 96), (56, 40)])
+def test_folded_norms_equal_timm(efficientnet, size, monkeypatch):
+    folded, original = efficientnet
+    images = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        expected = original(images)
+        monkeypatch.setattr(F, "batch_norm", None)  # must not be called
+        assert largest_difference(folded(images), expected) < 1e-4
+
+
+def test_folded_norms_follow_changes_of_the_parameters(efficientnet):
+    folded, original = efficientnet
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        folded(images)
+        for backbone in efficientnet:
+            backbone.blocks[1][0].bn2.running_mean.data.add_(0.3)
+            backbone.conv_stem.weight.data.mul_(1.5)
+        assert largest_difference(folded(images), original(images)) < 1e-4
+
+
+def test_folded_norms_leave_training_hooks_and_adapters_to_timm(efficientnet):
+    folded, original = efficientnet
+    images, seen = torch.randn(2, 3, 64, 64), []
+    for backbone in efficientnet:  # an adapter adds something to its layer's output
+        backbone.blocks[2][1].conv_pw = torch.nn.Sequential(backbone.blocks[2][1].conv_pw, torch.nn.Softplus())
+    folded.blocks[3][0].bn1.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        assert largest_difference(folded(images), original(images)) < 1e-4
+    assert len(seen) == 1
+    for found, expected in zip(folded(images), original(images), strict=True):  # with gradients
+        assert torch.equal(found, expected)
+    torch.manual_seed(1)
+    found = folded.train()(images)
+    torch.manual_seed(1)
+    assert largest_difference(found, original.train()(images)) == 0
+    assert torch.equal(folded.bn1.running_mean, original.bn1.running_mean)
+
+
+def test_backbones_with_folded_norms_can_be_copied_and_pickled(efficientnet):
+    folded, _ = efficientnet
+    images = torch.randn(1, 3, 64, 64)
+    for copied in (copy.deepcopy(folded), pickle.loads(pickle.dumps(folded))):
+        with torch.no_grad():
+            assert largest_difference(copied(images), folded(images)) == 0
+            for parameter in copied.parameters():
+                parameter.zero_()
+            assert all((maps == 0).all() for maps in copied(images)[:1])
+        assert folded(images)[0].abs().sum() > 0

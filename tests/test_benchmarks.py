@@ -15,6 +15,7 @@ from birefnet.inference import quantization
 from birefnet.inference.quantization import obstacle
 from birefnet.repository.configuration_birefnet import BiRefNetConfig
 from birefnet.repository.deformable_birefnet import DeformableConvolution
+from birefnet.repository.hardware_birefnet import compute_plan
 from birefnet.repository.image_processing_birefnet import BiRefNetImageProcessor
 
 
@@ -146,7 +147,7 @@ def test_a_model_in_int8(benchmark, tiny_model_folder, monkeypatch):
     }
     difference = (logits["int8"] - logits["float32"]).std() / logits["float32"].std()
     assert 1e-3 < difference < 0.1
-    assert logits["int8"].dtype == quantization.dtype_between()
+    assert logits["int8"].dtype == compute_plan("cpu", torch.bfloat16).arithmetic
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is measured on Linux only, by its /proc")

@@ -19,6 +19,9 @@ def test_lateral_block_equals_convolving_the_combined_map(scales):
         expected = resize(deeper, (10, 14)) + block.conv(joined.get(scales, full))
         found = block(deeper, full, half if scales else None)
     assert (found - expected).abs().max() < 1e-6
+    with_gradients = block(deeper, full, half if scales else None)
+    with_gradients.sum().backward()
+    assert (with_gradients - expected).abs().max() < 1e-6 and block.conv.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("kind", ["basic", "residual"])

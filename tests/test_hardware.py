@@ -4,15 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from birefnet.inference.quantization import Int8Arithmetic
 from birefnet.repository import hardware_birefnet as hardware
 from birefnet.repository.backbone_birefnet import WindowAttention
 from birefnet.repository.configuration_birefnet import BiRefNetConfig
-from birefnet.repository.decoder_birefnet import LateralBlock
 from birefnet.repository.layers_birefnet import convolve
 
 
 needs_bfloat16 = pytest.mark.skipif(
-    not hardware.has_bfloat16_arithmetic(), reason="this processor has no bfloat16 arithmetic"
+    not hardware.has_avx512_bfloat16(), reason="this processor has no bfloat16 arithmetic"
 )
 
 
@@ -51,17 +51,6 @@ def test_concatenated_tiles_equal_the_whole(with_gradients, dim, size):
     assert torch.equal(found, whole)
 
 
-@pytest.mark.parametrize("tile_bytes", [1, 2**20])
-def test_lateral_block_computes_in_tiles_only_without_gradients(monkeypatch, tile_bytes):
-    monkeypatch.setattr(hardware, "CPU_TILE_BYTES", tile_bytes)
-    block, full, deeper = LateralBlock(6, 6), random(2, 6, 10, 14), random(2, 6, 5, 7)
-    with_gradients = block(deeper, full)
-    with_gradients.sum().backward()
-    assert block.conv.weight.grad.abs().sum() > 0
-    with torch.no_grad():
-        assert (block(deeper, full) - with_gradients).abs().max() < 1e-6
-
-
 # bfloat16
 
 
@@ -70,7 +59,7 @@ def test_prepacked_weights_give_equal_products(monkeypatch):
     hidden_states, layer = random(300, 96).bfloat16(), torch.nn.Linear(96, 40).bfloat16()
     expected = layer(hidden_states)
     with torch.no_grad():
-        product = hardware.prepack_layer(layer)
+        product = hardware.prepack_layer(layer, like=hidden_states)
         monkeypatch.setattr(F, "linear", None)  # must not be called
         assert torch.equal(product(hidden_states), expected)
         assert torch.equal(product(hidden_states.view(3, 100, 96)), expected.view(3, 100, 40))
@@ -78,24 +67,33 @@ def test_prepacked_weights_give_equal_products(monkeypatch):
 
 @pytest.mark.parametrize("reason", ["processor", "dtype", "gradients", "graph", "int8"])
 def test_weights_are_not_prepacked_where_the_operator_is_missing(monkeypatch, reason):
-    monkeypatch.setattr(hardware, "has_bfloat16_arithmetic", lambda: reason != "processor")
+    monkeypatch.setattr(hardware, "has_avx512_bfloat16", lambda: reason != "processor")
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: reason == "graph")
-    monkeypatch.setattr(torch._C, "_is_torch_function_mode_enabled", lambda: reason == "int8")
+    monkeypatch.setattr(hardware, "is_replaced", lambda: reason == "int8")
     monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", None)  # must not be called
     dtype = torch.float32 if reason == "dtype" else torch.bfloat16
     layer, hidden_states = torch.nn.Linear(8, 4).to(dtype), random(3, 8).to(dtype)
     with torch.set_grad_enabled(reason == "gradients"):
-        assert torch.equal(hardware.prepack_layer(layer)(hidden_states), layer(hidden_states))
+        assert torch.equal(hardware.prepack_layer(layer, hidden_states)(hidden_states), layer(hidden_states))
 
 
 def test_layers_with_hooks_and_other_layers_are_called_themselves():
     layer, seen = torch.nn.Linear(8, 8).bfloat16(), []
     layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
     with torch.no_grad():
-        hardware.prepack_layer(layer)(torch.ones(2, 8, dtype=torch.bfloat16))
+        tile = torch.ones(2, 8, dtype=torch.bfloat16)
+        hardware.prepack_layer(layer, like=tile)(tile)
     assert len(seen) == 1
     identity = torch.nn.Identity()
-    assert hardware.prepack_layer(identity) is identity
+    assert hardware.prepack_layer(identity, like=tile) is identity
+
+
+def test_int8_replaces_linear_and_converted_weights_do_not():
+    assert not hardware.is_replaced()
+    with hardware.ConvertedWeights(torch.float16, torch.bfloat16):
+        assert not hardware.is_replaced()
+        with Int8Arithmetic():
+            assert hardware.is_replaced()
 
 
 def draw_windows(number, heads, tokens, dtype):
@@ -127,7 +125,7 @@ def test_attention_with_batched_products_is_as_exact_as_the_operator(monkeypatch
     ],
 )
 def test_window_attention_chooses_its_operator(monkeypatch, dtype, has_arithmetic, with_gradients, is_batched):
-    monkeypatch.setattr(hardware, "has_bfloat16_arithmetic", lambda: has_arithmetic)
+    monkeypatch.setattr(hardware, "has_avx512_bfloat16", lambda: has_arithmetic)
     replaced = "scaled_dot_product_attention" if is_batched else "softmax"
     monkeypatch.setattr(F if is_batched else torch, replaced, None)  # the other one must not be called
     attention = WindowAttention(BiRefNetConfig(attn_implementation="sdpa"), 64, num_heads=2, window_size=3).to(dtype)
@@ -139,6 +137,42 @@ def test_window_attention_chooses_its_operator(monkeypatch, dtype, has_arithmeti
     if with_gradients:
         found.sum().backward()
         assert attention.relative_position_bias_table.grad.abs().sum() > 0
+
+
+# Convolutions that add and activate in one pass
+
+ACTIVATIONS = [torch.nn.Identity(), torch.nn.ReLU(), torch.nn.ReLU6(), torch.nn.SiLU(), torch.nn.Hardswish()]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda module: type(module).__name__)
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("options", [{}, {"padding": (1, 1), "stride": (2, 1)}, {"dilation": (2, 2)}, {"groups": 4}])
+@pytest.mark.parametrize("has_addend", [True, False])
+def test_convolution_in_one_pass_equals_separate_passes(activation, memory, options, has_addend):
+    maps = 5 * random(2, 8, 9, 7).to(memory_format=memory)
+    weight, bias = random(12, 8 // options.get("groups", 1), 3, 3), random(12, seed=1)
+    output = F.conv2d(maps, weight, bias, **options)
+    addend = random(*output.shape, seed=2) if has_addend else torch.zeros(())
+    expected = activation(output + addend)
+    with torch.no_grad():
+        assert hardware.can_fuse(maps, activation) == (type(activation) in hardware.FUSED_ACTIVATIONS)
+        found = hardware.convolve_and_activate(
+            maps, weight, bias, activation, addend=addend.clone() if has_addend else None, **options
+        )
+    assert (found - expected).abs().max() < 1e-5
+
+
+def test_convolutions_are_separate_passes_where_one_pass_is_impossible(monkeypatch):
+    maps, relu = random(1, 4, 5, 5), torch.nn.ReLU()
+    weight = random(3, 4, 1, 1).requires_grad_()
+    hardware.convolve_and_activate(maps, weight, None, relu).sum().backward()
+    assert weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        assert not hardware.can_fuse(maps.double(), relu) and not hardware.can_fuse(maps.half(), relu)
+        with Int8Arithmetic():
+            assert not hardware.can_fuse(maps, relu)
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert not hardware.can_fuse(maps, relu)
 
 
 # float32

@@ -142,6 +142,24 @@ def test_wheel_in_a_clean_environment_finds_the_embedded_weights(tmp_path, photo
         assert picture.size == (120, 90) and picture.mode == "RGBA"
 
 
+def test_the_oldest_constraints_are_the_lower_bounds():
+    if not (ROOT / "constraints-oldest.txt").is_file():
+        pytest.skip("needs the checkout")
+    constraints = dict(
+        re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "constraints-oldest.txt").read_text(), re.MULTILINE)
+    )
+    bounds = re.findall(r'"([\w-]+)>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    bounds = {name.replace("-", "_"): version for name, version in bounds}
+    constraints = {name.replace("-", "_"): version for name, version in constraints.items()}
+    wrong = {
+        name: (bound, constraints[name])
+        for name, bound in bounds.items()
+        if name in constraints and not f"{constraints[name]}.0".startswith(f"{bound}.")
+    }
+    assert not wrong
+    assert {"torch", "transformers", "numpy", "pillow", "safetensors", "huggingface_hub", "tqdm"} <= set(constraints)
+
+
 def test_shipped_files_are_flat_and_import_nothing_unexpected():
     allowed = {"torch", "numpy", "PIL", "transformers"}
     for path in sorted(ROOT.glob("*_birefnet.py")):

@@ -182,9 +182,13 @@ def _read_background(background: str | None):
 
 def _suggest_dtype(arguments: argparse.Namespace, model) -> None:
     """Suggests a faster dtype. Never switches silently, because it changes the results."""
-    from birefnet.inference.quantization import dtype_between
+    import torch
 
-    if arguments.dtype == "auto" and model.device.type == "cpu" and str(dtype_between()) == "torch.bfloat16":
+    from birefnet.repository.hardware_birefnet import compute_plan
+
+    on_cpu = arguments.runtime == "pytorch" and model.device.type == "cpu"
+    computes_in_bfloat16 = compute_plan(model.device, torch.bfloat16).arithmetic == torch.bfloat16
+    if arguments.dtype == "auto" and on_cpu and computes_in_bfloat16:
         print(
             "birefnet cutout: --dtype bfloat16 is 1.5 to 2 times as fast on this machine; mattes change by 0.0005 to "
             "0.002 on average",

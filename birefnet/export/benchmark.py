@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from birefnet.export.folders import FILES, load_network
-from birefnet.export.runtimes import RUNTIMES
+from birefnet.export.folders import load_network
 from birefnet.inference.quantization import obstacle, quantize
+from birefnet.inference.runtimes import FILES, RUNTIMES
 
 
 ROUNDS = 5

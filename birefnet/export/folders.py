@@ -12,12 +12,6 @@ from birefnet import repository_folder
 from birefnet.errors import CommandError, UsageError
 
 
-# Where each format's files lie in the folder, by dtype. transformers.js prescribes those of ONNX.
-FILES = {
-    "onnx": {"float32": "model.onnx", "float16": "model_fp16.onnx", "int8": "model_quantized.onnx"},
-    "openvino": {"float32": "openvino_model.xml", "float16": "openvino_model_fp16.xml"},
-    "torch": {"float32": "model.pt2"},
-}
 EMBEDDED = "embedded"  # stands for the weights that come with the package
 
 
@@ -63,7 +57,7 @@ def export_model(
         CommandError: a package is missing, a file exists, the disk is full, or a file disagrees with PyTorch.
         UsageError: a size, format or dtype is not allowed.
     """
-    targets = _targets(file_format, Path(out), dtypes)
+    targets = file_paths(file_format, Path(out), dtypes)
     check_size(size)
     if not overwrite:
         for path in targets.values():
@@ -76,11 +70,16 @@ def export_model(
 def write_programs(model, processor, out, targets, file_format, size, dynamic_batch, photo=None):
     """As [`export_model`], for a loaded network; `targets` are the files by dtype."""
     from birefnet.export.programs import PROGRAMS
-    from birefnet.export.runtimes import RUNTIMES
     from birefnet.export.verification import compare, expected_logits, input_shapes
     from birefnet.hub.publish import draw_picture
+    from birefnet.inference.runtimes import RUNTIMES
 
     is_dynamic = size == "dynamic"
+    if is_dynamic and model.config.backbone.startswith("swin_v1"):
+        raise UsageError(
+            f"--size dynamic: a Swin network ({model.config.backbone}) has one file per size. How many windows are "
+            "shifted depends on the size, and runtimes plan their memory for one such number."
+        )
     own_size = (processor.size["height"], processor.size["width"])
     size = own_size if size is None or is_dynamic else size
     pairs = expected_logits(model, processor, photo or draw_picture(), input_shapes(size, is_dynamic, dynamic_batch))
@@ -101,7 +100,7 @@ def write_programs(model, processor, out, targets, file_format, size, dynamic_ba
                 for file in _with_weights(written):
                     shutil.copyfile(file, target.with_name(f".{file.name}.part"))
                     os.replace(target.with_name(f".{file.name}.part"), target.with_name(file.name))
-        write_settings(Path(out), model.config, processor, size)
+                write_settings(Path(out), model.config, processor, size)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise CommandError(f"{out}: no space left; the files need about as much as the weights.") from error
@@ -109,8 +108,10 @@ def write_programs(model, processor, out, targets, file_format, size, dynamic_ba
     return reports
 
 
-def _targets(file_format: str, out: Path, dtypes) -> dict[str, Path]:
+def file_paths(file_format: str, out: Path, dtypes) -> dict[str, Path]:
     """The path of each dtype's file."""
+    from birefnet.inference.runtimes import FILES
+
     if file_format not in FILES:
         raise UsageError(f"--format {file_format} is not one of {', '.join(FILES)}.")
     names = FILES[file_format]
@@ -164,26 +165,24 @@ def write_settings(folder: Path, config, processor, size: tuple[int, int]) -> No
 
     A folder that holds a complete repository keeps its `config.json`, and its processor's code stays in use.
     """
-    has_code = (folder / "image_processing_birefnet.py").is_file()
-    if not has_code:
+    if not (folder / "image_processing_birefnet.py").is_file():
         settings = config.to_dict()
         for name in ("auto_map", "custom_pipelines"):  # lead to code that this folder does not have
             settings.pop(name, None)
         _write_json(folder / "config.json", settings)
     settings = json.loads(processor.to_json_string())
     settings["size"] = {"height": size[0], "width": size[1]}
-    _write_json(folder / "preprocessor_config.json", processor_settings(settings, has_code))
+    _write_json(folder / "preprocessor_config.json", processor_settings(settings))
 
 
-def processor_settings(settings: dict, has_code: bool) -> dict:
+def processor_settings(settings: dict) -> dict:
     """
-    A processor's settings with a type that transformers.js knows. Python finds the class by `auto_map` or by the type
-    of the configuration.
+    A processor's settings with a type that transformers.js knows. Python finds its own class by `auto_map`, or by the
+    configuration's type where the class is registered.
     """
     settings = {name: value for name, value in settings.items() if name != "image_processor_type"}
-    if not has_code:
-        settings.pop("auto_map", None)
-    return {**settings, "feature_extractor_type": "ViTFeatureExtractor"}
+    auto_map = {"AutoImageProcessor": "image_processing_birefnet.BiRefNetImageProcessor"}
+    return {**settings, "auto_map": auto_map, "feature_extractor_type": "ViTFeatureExtractor"}
 
 
 def _write_json(path: Path, settings: dict) -> None:

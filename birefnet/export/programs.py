@@ -6,7 +6,7 @@ import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
-from birefnet.errors import CommandError
+from birefnet.inference.runtimes import import_extra
 
 
 # The first one with DeformConv in ONNX Runtime's newer kernel; all newer operators are left out.
@@ -18,22 +18,6 @@ STEPS = (2, 128)
 # Computed in float32 also in float16 files: resizing multiplies pixel indices, and a deformable convolution adds them
 # to offsets. float16 has whole numbers only from 1024 on.
 KEPT_IN_FLOAT32 = ("DeformConv", "Resize")
-
-
-def import_extra(*names: str):
-    """
-    Imports optional modules.
-
-    Raises:
-        CommandError: one of them is not installed.
-    """
-    import importlib
-
-    try:
-        modules = [importlib.import_module(name) for name in names]
-    except ImportError as error:
-        raise CommandError(f"{error}. Exporting needs: pip install 'birefnet-transformers[export]'") from error
-    return modules[0] if len(modules) == 1 else modules
 
 
 def trace_onnx(model, pixel_values, dynamic_size: bool, dynamic_batch: bool):
@@ -128,7 +112,7 @@ def _onnx_operators(model):
 
 
 def _onnx_deform_conv(hidden_states, offsets, modulator, weight, bias=None):
-    """The network's deformable convolution as ONNX DeformConv: 1.7 to 3 times as fast as GridSample or Gather there."""
+    """The network's deformable convolution as ONNX DeformConv, faster there than GridSample or Gather."""
     import torch
 
     side = weight.shape[-1]

@@ -1,5 +1,6 @@
 """Comparing what an exported file computes with what PyTorch does."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -7,9 +8,9 @@ import torch
 from birefnet.errors import CommandError
 
 
-# float32: largest difference of the logits, in their standard deviations. float16: largest difference of the mattes.
-# int8: mean difference of the mattes, since single pixels on edges may differ by any amount.
-TOLERANCES = {"float32": 1e-4, "float16": 2e-3, "int8": 3e-2}
+# float32: largest difference of the logits, in their standard deviations. float16 and int8: mean difference of the
+# mattes. Single pixels on edges differ by more: rounding the embedded weights alone to float16 changes one by 0.0065.
+TOLERANCES = {"float32": 1e-4, "float16": 2e-4, "int8": 3e-2}
 
 
 @dataclass
@@ -28,7 +29,7 @@ class Agreement:
 
     def measure(self, dtype: str) -> float:
         """The number that the tolerance of this dtype limits."""
-        return {"float32": self.logits, "float16": self.matte, "int8": self.matte_mean}[dtype]
+        return self.logits if dtype == "float32" else self.matte_mean
 
     def describe(self, dtype: str) -> str:
         if dtype == "float32":
@@ -37,7 +38,7 @@ class Agreement:
 
 
 def max_with_nan(a: float, b: float) -> float:
-    return b if not b <= a else a
+    return a if math.isnan(a) or b <= a else b
 
 
 def input_shapes(size: tuple[int, int], dynamic_size: bool, dynamic_batch: bool) -> list[tuple[int, int, int]]:

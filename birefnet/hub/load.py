@@ -9,16 +9,6 @@ from birefnet.hub.download import download_file, fetch_checkpoint
 from birefnet.hub.variants import get_variant
 
 
-def best_dtype(device):
-    """
-    The torch dtype to compute in: float16 on a graphics card, as the weights were published for, but float32 on a
-    CPU (most have no float16 arithmetic and take hundreds of times longer with it).
-    """
-    import torch
-
-    return torch.float32 if torch.device(device).type == "cpu" else torch.float16
-
-
 def load_variant(name, device="cpu", dtype=None, folder=None, cache_dir=None, token=None):
     """
     Downloads a published checkpoint if needed, verifies it, and returns it ready for use.
@@ -26,8 +16,8 @@ def load_variant(name, device="cpu", dtype=None, folder=None, cache_dir=None, to
     Args:
         name (`str`): A name, alias or repository of the table, such as `"portrait"`.
         device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Where the model is put.
-        dtype (`torch.dtype` or `"auto"`, *optional*): Computing type; by default the best for the device, see
-            [`best_dtype`], and with `"auto"` that of the file.
+        dtype (`torch.dtype` or `"auto"`, *optional*): Dtype of the weights. `"auto"` keeps the file's. By default the
+            best for the device, see `compute_plan` in `hardware_birefnet.py`.
         folder (`str` or `Path`, *optional*): A folder that already has the official file. Nothing is downloaded then.
         cache_dir, token (*optional*): As in `huggingface_hub.hf_hub_download`. `HF_ENDPOINT`, `HF_HUB_OFFLINE`,
             `HF_HOME` and `HF_TOKEN` also apply.
@@ -40,11 +30,14 @@ def load_variant(name, device="cpu", dtype=None, folder=None, cache_dir=None, to
         ValueError: There is no such variant, or the file does not contain its network.
         DownloadError: The file is unavailable or is not the published one.
     """
-    from birefnet.hub.checkpoints import build_config, build_processor, model_from_state_dict, read_state_dict
+    from birefnet.repository.hardware_birefnet import compute_plan
 
     variant = get_variant(name)
     state_dict = read_state_dict(fetch_checkpoint(variant, folder=folder, cache_dir=cache_dir, token=token))
-    dtype = None if dtype == "auto" else dtype or best_dtype(device)
+    if dtype is None:
+        dtype = compute_plan(device, parameters=variant.parameters).storage
+    elif dtype == "auto":
+        dtype = None
     model = model_from_state_dict(build_config(variant.config), state_dict, dtype)
     return model.to(device), build_processor(variant.processor)
 
@@ -88,7 +81,8 @@ def _own_settings(checkpoint, name):
     path = Path(checkpoint).with_name(name)
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     own = settings.get("model_type") == "birefnet" and "backbone" in settings
-    return settings if own or settings.get("image_processor_type") == "BiRefNetImageProcessor" else None
+    processor = str(settings.get("auto_map", {}).get("AutoImageProcessor") or settings.get("image_processor_type"))
+    return settings if own or processor.endswith("BiRefNetImageProcessor") else None
 
 
 def load_source(source, variant_name=None, dtype=None):

@@ -96,13 +96,20 @@ def _copy_package(target: Path, with_weights: bool) -> None:
 
 
 def requirements() -> list[str]:
-    """What the package needs to serve, in pip's notation."""
+    """
+    What the package needs to serve, in pip's notation, as its installation says.
+
+    Raises:
+        CommandError: the installation is older than the extra `serve`.
+    """
     needed = []
     for requirement in metadata.requires(DISTRIBUTION) or ():
         text, _, marker = requirement.partition(";")
         extra = re.search(r"""extra\s*==\s*["']([^"']+)["']""", marker)
         if (extra is None or extra[1] in EXTRAS) and not text.startswith(DISTRIBUTION):
             needed.append(text.strip())
+    if not any(requirement.startswith("gradio") for requirement in needed):
+        raise CommandError("the installed package does not know the extra `serve`; install the project again")
     return sorted(set(needed), key=str.lower)
 
 

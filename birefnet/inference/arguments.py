@@ -23,13 +23,20 @@ def add_model_arguments(group, with_variant: bool = True) -> None:
         help="default: float32 on a CPU, float16 on a GPU; int8 is for CPUs: faster and less exact",
     )
     group.add_argument(
+        "--runtime",
+        choices=["pytorch", "onnx", "openvino"],
+        default="pytorch",
+        help="what runs the network (default: pytorch); with onnx and openvino, --model is a folder that "
+        "`birefnet export` wrote, and --dtype chooses the file in it",
+    )
+    group.add_argument(
         "--batch-size", type=positive, metavar="N", default=1, help="photos per network call (default: 1)"
     )
 
 
 def model_options(arguments: argparse.Namespace) -> dict:
     """Returns the parsed arguments as keyword arguments of [`load_remover`]."""
-    names = ("model", "variant", "device", "dtype", "resolution", "batch_size")
+    names = ("model", "variant", "device", "dtype", "resolution", "batch_size", "runtime")
     return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
 
 

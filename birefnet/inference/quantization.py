@@ -38,7 +38,7 @@ def quantize(model):
 
     Args:
         model (`BiRefNetForImageSegmentation`): Model in evaluation mode on a CPU. Its dtype, bfloat16 or float32, is
-            that of the remaining operations, see [`dtype_between`].
+            that of the remaining operations. bfloat16 is faster on processors with arithmetic for it.
 
     Returns:
         `BiRefNetForImageSegmentation`: The same model, for inference only. Gradients are disabled.
@@ -81,11 +81,6 @@ def obstacle(device: torch.device) -> str | None:
             "them; use float32 or bfloat16."
         )
     return None
-
-
-def dtype_between() -> torch.dtype:
-    """The faster dtype for the operations that stay in floating point."""
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
 class Int8Arithmetic(TorchFunctionMode):

@@ -15,6 +15,7 @@ def load_remover(
     dtype: str = "auto",
     resolution: str | tuple[int, int] | None = None,
     batch_size: int = 1,
+    runtime: str = "pytorch",
 ):
     """
     Loads a model and its processor, and builds the background-removal pipeline from them.
@@ -26,6 +27,8 @@ def load_remover(
         dtype: `"float32"`, `"float16"`, `"bfloat16"`, `"int8"` (CPUs only) or `"auto"`, the exact one for the device.
         resolution: Input size of the network: (height, width) in pixels, or `"dynamic"`. Default: the processor's.
         batch_size: photos per network call. int8 takes photos one by one.
+        runtime: `"pytorch"`, or `"onnx"` or `"openvino"` for a folder that `birefnet export` wrote. `dtype` then
+            chooses one of its files.
 
     Returns:
         `BiRefNetPipeline`
@@ -42,11 +45,14 @@ def load_remover(
     if variant and model:
         raise UsageError("use either --variant or --model, not both")
     device = find_device(device)
+    if runtime != "pytorch":
+        return _load_exported_remover(runtime, model, device, dtype, resolution, batch_size)
     weights_dtype = _weights_dtype(dtype, device, batch_size)
     source = str(variant or model or repository_folder())
     try:
         if variant:
-            network, processor = load_variant(variant, device, getattr(torch, weights_dtype))
+            chosen = None if dtype == "auto" else getattr(torch, weights_dtype)
+            network, processor = load_variant(variant, device, chosen)
         else:
             network, processor = load_model(source, weights_dtype)
     except (OSError, ValueError, RuntimeError) as error:
@@ -56,6 +62,32 @@ def load_remover(
 
         quantize(network)
     _set_resolution(processor, resolution)
+    return BiRefNetPipeline(model=network, image_processor=processor, device=device, task="background-removal")
+
+
+def _load_exported_remover(runtime: str, folder: str | None, device, dtype: str, resolution, batch_size: int):
+    from transformers import AutoImageProcessor
+
+    import birefnet.repository  # noqa: F401  registers the processor with the Auto classes
+    from birefnet.inference.runtimes import RUNTIMES
+    from birefnet.repository.pipeline_birefnet import BiRefNetPipeline
+
+    if folder is None:
+        raise UsageError(f"--runtime {runtime} needs --model FOLDER, a folder that `birefnet export` wrote")
+    network = RUNTIMES[runtime].from_pretrained(folder, "float32" if dtype == "auto" else dtype, device)
+    processor = AutoImageProcessor.from_pretrained(folder)
+    _set_resolution(processor, resolution)
+    side = ("height", "width")
+    size = (None, None) if processor.do_dynamic_resize else tuple(processor.size[name] for name in side)
+    for option, own, given in (
+        ("--batch-size", network.input_shape[0], batch_size),
+        ("--resolution", network.input_shape[2:], size),
+    ):
+        fits = own is None or own == given or (option == "--resolution" and None in own)
+        if not fits:
+            raise UsageError(
+                f"{option}: the file in {folder} takes {own} only, not {given}; export it anew for others"
+            )
     return BiRefNetPipeline(model=network, image_processor=processor, device=device, task="background-removal")
 
 
@@ -78,17 +110,21 @@ def find_device(name: str):
 
 def _weights_dtype(dtype: str, device, batch_size: int) -> str:
     """The dtype to load the weights in. An int8 model keeps the faster floating-point dtype between its products."""
+    import torch
+
+    from birefnet.repository.hardware_birefnet import compute_plan
+
     if dtype == "auto":
-        return "float32" if device.type == "cpu" else "float16"
+        return str(compute_plan(device).storage).removeprefix("torch.")
     if dtype != "int8":
         return dtype
-    from birefnet.inference.quantization import dtype_between, obstacle
+    from birefnet.inference.quantization import obstacle
 
     if reason := obstacle(device):
         raise UsageError(f"--dtype int8: {reason}")
     if batch_size > 1:
         raise UsageError("--dtype int8 takes photos one by one, as the others of a batch would change their mattes")
-    return str(dtype_between()).removeprefix("torch.")
+    return str(compute_plan(device, torch.bfloat16).arithmetic).removeprefix("torch.")
 
 
 def _set_resolution(processor, resolution: str | tuple[int, int] | None) -> None:

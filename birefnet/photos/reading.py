@@ -40,7 +40,7 @@ def read_photo(source: PhotoSource, sufficient_side: int | None = None) -> Decod
         OSError, ValueError: the file cannot be read, or does not hold a whole picture.
     """
     with opened(_encoded(source)) as image:
-        size, had_16_bits = _upright_size(image), _has_16_bits(image)
+        had_16_bits, size = _has_16_bits(image), _upright_size(image)  # reading the EXIF data can decode a PNG
         if sufficient_side is not None:
             image.draft(None, (sufficient_side, sufficient_side))
         return DecodedPhoto(upright(image), size, had_16_bits)

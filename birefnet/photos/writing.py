@@ -15,7 +15,7 @@ from birefnet.repository.photo_birefnet import result_info
 OUTPUT_SUFFIXES = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
 
 
-# Chosen by measurement, see the table in benchmarks/README.md.
+# Chosen by measurement, see the table in docs/performance.md.
 PNG_LEVEL = 1
 
 

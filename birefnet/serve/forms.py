@@ -39,6 +39,18 @@ class Form:
             name = ".".join(map(str, first["loc"])) or "request"
             raise RequestError(f"{name}: {first['msg']}.", "invalid_parameters") from None
 
+    def single(self, name: str) -> UploadFile | None:
+        """
+        The file of a field, if there is one.
+
+        Raises:
+            RequestError: the field has several files.
+        """
+        files = self.uploads(name)
+        if len(files) > 1:
+            raise RequestError(f"{name}: give one file.", "multiple_sources")
+        return files[0] if files else None
+
     def uploads(self, *names: str) -> list[UploadFile]:
         """The files of these fields."""
         return [file for name in names for file in self.files.get(name, [])]

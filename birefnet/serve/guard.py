@@ -130,7 +130,8 @@ class _Exchange:
         limits = guard.limits
         # A photo in base64 takes four bytes for three.
         self.most = limits.batch_bytes if many else limits.upload_bytes * 4 // 3
-        self.received, self.complete, self.answered = 0, False, False
+        self.received, self.answered = 0, False
+        self.complete = self.header("content-length") in ("", "0") and not self.header("transfer-encoding")
         self.due = time.monotonic() + limits.upload_seconds
 
     def header(self, name: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from birefnet.photos.finding import PhotoSource
-from birefnet.photos.reading import DecodedPhoto, read_photo
+from birefnet.photos.reading import read_photo
 from birefnet.serve.errors import InvalidPhotoError, TooLargeError
 from birefnet.serve.limits import Limits
 
@@ -85,7 +85,7 @@ def _is_registered(name: str) -> bool:
     return name in Image.OPEN
 
 
-def decode_photo(encoded: bytes, limits: Limits) -> DecodedPhoto:
+def decode_photo(encoded: bytes, limits: Limits) -> Image.Image:
     """
     Checks and decodes a photo: upright, in its own colours.
 
@@ -96,6 +96,6 @@ def decode_photo(encoded: bytes, limits: Limits) -> DecodedPhoto:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return read_photo(PhotoSource(io.BytesIO(encoded), Path("upload")))
+            return read_photo(PhotoSource(None, Path("upload"), content=encoded)).image
     except (OSError, ValueError, MemoryError) as error:
         raise InvalidPhotoError(f"The picture is damaged ({error}).") from None

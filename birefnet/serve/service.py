@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from birefnet.photos.reading import DecodedPhoto
 from birefnet.photos.writing import encode_picture
 from birefnet.serve.errors import TooBusyError, TooSlowError
 from birefnet.serve.intake import decode_photo
@@ -35,8 +34,14 @@ class ComputedPhoto:
     """A photo with the network's output for it, from which any picture can be made without the network."""
 
     remover: object  # BiRefNetPipeline
-    outputs: dict  # `logits` (1, 1, h, w), `photo` (upright RGB), `target_size` (height, width)
-    encoder_options: dict  # colour profile and print resolution
+    outputs: dict  # what its `forward` gives: `logits`, `photo`, `alpha` and `target_size`
+
+    @property
+    def encoder_options(self) -> dict:
+        """Colour profile and print resolution of the photo, for [`encode_picture`]."""
+        from birefnet.repository.photo_birefnet import result_info
+
+        return result_info(self.outputs["photo"])
 
     def picture(self, **options) -> Image.Image:
         """The pipeline's picture for its `postprocess` arguments, such as `background`, `return_mask`, `grow`."""
@@ -44,7 +49,7 @@ class ComputedPhoto:
 
     def encoded(self, picture_format: str, **options) -> bytes:
         """The same picture as a file. `picture_format` is `"png"`, `"webp"` or `"jpeg"`."""
-        return encode_picture(self.picture(**options), picture_format, self.encoder_options)
+        return encode_picture(self.picture(**options), picture_format)
 
 
 class CutoutService:
@@ -165,16 +170,14 @@ class CutoutService:
     async def _compute(self, encoded: bytes, model: str, frame: Callable | None) -> ComputedPhoto:
         remover = await self.shelf.get(model)
 
-        def decode() -> tuple[DecodedPhoto, dict]:
+        def decode() -> dict:
             photo = decode_photo(encoded, self.limits)
-            if frame is not None:
-                photo.image = frame(photo.image)
-            return photo, remover.preprocess(photo.image)
+            return remover.preprocess(photo if frame is None else frame(photo))
 
-        photo, item = await self._in_thread(self._decoding, "decode", decode)
+        item = await self._in_thread(self._decoding, "decode", decode)
         with self.metrics.stage("queue"):
             outputs = await asyncio.wrap_future(self.workers.submit(remover, item))
-        return ComputedPhoto(remover, outputs, photo.encoder_options)
+        return ComputedPhoto(remover, outputs)
 
     async def _in_thread(self, executor: ThreadPoolExecutor, stage: str, function: Callable, *arguments):
         def timed():

@@ -252,7 +252,7 @@ def compute_depthwise_in_float32(model):
     """Excludes the depthwise convolutions of a model from autocast.
 
     On a CPU their backward pass is up to 60 times slower in bfloat16 than in float32, which is a third of the embedded
-    network's training step (benchmarks/README.md).
+    network's training step (docs/performance.md).
     """
     for module in model.modules():
         if isinstance(module, torch.nn.Conv2d) and module.groups == module.in_channels > 1:

@@ -6,6 +6,8 @@ of this frame where the flow is consistent and the colours did not change, so no
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 from PIL import Image
@@ -117,9 +119,10 @@ def flow_consistency(flow: np.ndarray, flow_back: np.ndarray, places: np.ndarray
 
     height, width = flow.shape[:2]
     returned = cv2.remap(flow_back, places, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-    error = ((flow + returned) ** 2).sum(-1)
-    lengths = (flow**2).sum(-1) + (returned**2).sum(-1)
-    inside = (places >= 0).all(-1) & (places[..., 0] <= width - 1) & (places[..., 1] <= height - 1)
+    error = _squared_length(flow + returned)
+    lengths = _squared_length(flow) + _squared_length(returned)
+    x, y = cv2.split(places)
+    inside = (x >= 0) & (y >= 0) & (x <= width - 1) & (y <= height - 1)
     return np.exp(-error / (RELATIVE_TOLERANCE * lengths + TOLERANCE)) * inside
 
 
@@ -135,11 +138,21 @@ def colour_consistency(photo: np.ndarray, warped: np.ndarray) -> np.ndarray:
     """
     import cv2
 
-    difference = cv2.absdiff(photo, warped).max(-1).astype(np.float32)
-    difference = cv2.blur(difference, (NEIGHBOURHOOD, NEIGHBOURHOOD))
+    red, green, blue = cv2.split(cv2.absdiff(photo, warped))
+    largest = cv2.max(cv2.max(red, green), blue).astype(np.float32)
+    difference = cv2.blur(largest, (NEIGHBOURHOOD, NEIGHBOURHOOD))
     return np.exp(-((difference / COLOUR_TOLERANCE) ** 2))
 
 
+def _squared_length(vectors: np.ndarray) -> np.ndarray:
+    """(h, w, 2) to (h, w)."""
+    import cv2
+
+    x, y = cv2.split(vectors)
+    return x * x + y * y
+
+
+@functools.lru_cache(maxsize=4)
 def _grid(height: int, width: int) -> np.ndarray:
     """(x, y) of each pixel: (height, width, 2), float32."""
     return np.stack(np.meshgrid(np.arange(width), np.arange(height)), -1).astype(np.float32)

@@ -316,6 +316,8 @@ def write_clip(
     """`cut_out_video` for a clip and a pipeline that exist. On Ctrl-C, what is done is joined into a playable file."""
     output_format = FORMATS[options.format]
     check_encoder(output_format)
+    if not output_format.is_sequence and output.suffix.lower() != output_format.suffix:
+        raise CommandError(f"{output}: {options.format} needs the suffix {output_format.suffix}")
     work = _Work(clip, output, output_format, options, segment)
     try:
         work.prepare(resume)

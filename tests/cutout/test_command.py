@@ -1,5 +1,7 @@
 """birefnet cutout end to end with a tiny network. A bad photo must not affect the others."""
 
+import functools
+import http.server
 import io
 import json
 import os
@@ -8,6 +10,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import zlib
 from types import SimpleNamespace
 
@@ -18,6 +21,9 @@ from PIL import Image
 
 from birefnet.command_line import main
 from birefnet.cutout.command import _suggest_dtype
+from birefnet.repository import hardware_birefnet
+
+from ..colour_profiles import matrix_profile
 
 
 def draw(width, height, seed=0):
@@ -279,7 +285,7 @@ def test_a_missing_model_is_reported_in_one_line(tmp_path, capfd):
     ],
 )
 def test_a_faster_dtype_is_suggested_where_there_is_one(dtype, device, faster, suggested, monkeypatch, capsys):
-    monkeypatch.setattr("birefnet.inference.quantization.dtype_between", lambda: getattr(torch, faster))
+    monkeypatch.setattr(hardware_birefnet, "has_bfloat16_arithmetic", lambda: faster == "bfloat16")
     _suggest_dtype(SimpleNamespace(dtype=dtype), SimpleNamespace(device=torch.device(device)))
     assert ("--dtype bfloat16" in capsys.readouterr().err) == suggested
 
@@ -304,6 +310,98 @@ def test_only_what_is_needed_is_imported_before_the_network(tiny_model_folder, t
     assert not [name for name in modules if re.match(r"transformers\.pipelines\.(?!base|pt_utils)", name)]
     assert found["compiled"] == found["full_collections"] == 0
     assert found["collector_runs"]
+
+
+NO_TORCH = """
+import sys
+from birefnet.command_line import main
+code = main(sys.argv[1:])
+print("torch" in sys.modules, file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def test_wrong_files_are_reported_before_torch_is_imported(tmp_path):
+    (tmp_path / "text.jpg").write_text("this is a text")
+    wrong = [tmp_path / "missing.jpg", tmp_path / "text.jpg", "http://127.0.0.1:9/photo.jpg"]
+    command = [sys.executable, "-c", NO_TORCH, "cutout", *wrong, "-o", tmp_path / "out"]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    *messages, _, torch_is_imported = process.stderr.splitlines()
+    assert process.returncode == 1 and torch_is_imported == "False"
+    assert "missing.jpg: No such file or directory" in messages[0]
+    assert "text.jpg: it is not a picture" in messages[1]
+    assert "http://127.0.0.1:9/photo.jpg: the download failed" in messages[2]
+
+
+@pytest.fixture
+def photo_server(tmp_path):
+    """A web server with the files of a folder. Gives the folder and the address."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *arguments):
+            pass
+
+    handler = functools.partial(Handler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_downloads_are_cut_out_into_the_current_folder(cutout, photo_server, tmp_path, monkeypatch, capfd):
+    folder, address = photo_server
+    draw(40, 30).save(folder / "a photo.png")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    photos = [f"{address}/a%20photo.png?size=1", f"{address}/absent.png", "ftp://127.0.0.1/b.png"]
+    assert cutout(*photos, "--background", "blue") == 1
+    captured = capfd.readouterr()
+    assert captured.out == "a photo-cutout.png\n"
+    assert f"birefnet cutout: {address}/absent.png: the download failed: HTTP Error 404" in captured.err
+    assert "ftp://127.0.0.1/b.png: only http and https are supported" in captured.err
+    assert written(tmp_path / "here") == ["a photo-cutout.png"]
+    assert Image.open("a photo-cutout.png").size == (40, 30)
+
+
+def test_transparent_photos_and_profiles(cutout, tmp_path, capfd):
+    photo, profile = draw(60, 40), matrix_profile()
+    photo.putalpha(Image.fromarray((np.indices((40, 60))[1] >= 30).astype(np.uint8) * 255))
+    photo.save(tmp_path / "a.png", icc_profile=profile, dpi=(300, 300))
+    assert cutout(tmp_path / "a.png", "-o", tmp_path / "out") == 0
+    assert cutout(tmp_path / "a.png", "-o", tmp_path / "srgb.png", "--srgb") == 0
+    result, converted = Image.open(tmp_path / "out/a.png"), Image.open(tmp_path / "srgb.png")
+    assert not np.asarray(result)[:, :30, 3].any() and np.asarray(result)[:, 30:, 3].any()
+    assert result.info["icc_profile"] == profile and round(result.info["dpi"][0]) == 300
+    assert "icc_profile" not in converted.info
+    visible = np.asarray(result)[..., 3] == 255
+    assert (np.asarray(result)[visible] != np.asarray(converted)[visible]).any()
+
+
+def test_16_bit_photos_say_that_8_bits_remain(cutout, tmp_path, capfd):
+    gray = np.asarray(draw(48, 32).convert("L")).astype(np.uint16) * 257
+    Image.fromarray(gray).save(tmp_path / "gray.png")
+    (tmp_path / "rgb.png").write_bytes(png_of_16_bits(np.stack([gray] * 3, axis=-1)))
+    for name in ("gray.png", "rgb.png"):
+        assert cutout(tmp_path / name, "-o", tmp_path / "out", "--json") == 0
+        captured = capfd.readouterr()
+        assert json.loads(captured.out)["note"] == "the photo has 16 bits per channel, the result has 8"
+        assert f"{name}: the photo has 16 bits per channel, the result has 8" in captured.err
+    assert cutout(tmp_path / "rgb.png", "-o", tmp_path / "mask.png", "--mask") == 0
+    assert "16 bits" not in capfd.readouterr().err
+
+
+def png_of_16_bits(pixels):
+    """A PNG of (H, W, 3) uint16, which Pillow reads but does not write."""
+    rows = pixels.astype(">u2").reshape(len(pixels), -1)
+    data = b"".join(b"\0" + row.tobytes() for row in rows)
+    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(data)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        for name, content in chunks
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the size of a pipe can be set on Linux only")

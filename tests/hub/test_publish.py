@@ -354,6 +354,11 @@ def test_the_endpoint_serves_pictures_and_json(handler):
     assert [matte.mode for matte in data_url] == ["L"]
     assert data_url[0].tobytes() == cutout.getchannel("A").tobytes()
 
+    picture.putalpha(Image.linear_gradient("L").resize(picture.size))
+    transparent = handler({"inputs": encoded(picture), "parameters": {"refine_foreground": False}})
+    ratio = np.asarray(picture.getchannel("A")) / 255
+    assert (np.asarray(transparent.getchannel("A")) <= np.ceil(255 * ratio)).all() and transparent.getextrema()[3][1]
+
     on_colour = handler({"inputs": picture, "parameters": {"background": "white"}})
     on_picture = handler({"inputs": picture, "parameters": {"background": encoded(Image.new("RGB", (9, 9), "white"))}})
     assert on_colour.mode == "RGB" and on_colour.tobytes() == on_picture.tobytes()
@@ -361,7 +366,7 @@ def test_the_endpoint_serves_pictures_and_json(handler):
 
 @pytest.mark.parametrize("inputs", [None, "", [], "/etc/hostname", "not a picture", encoded(draw_picture(8, 8))[:40]])
 def test_the_endpoint_refuses_what_is_no_picture_and_reads_no_file(inputs, handler):
-    with pytest.raises(ValueError, match=r"no inputs|Neither a URL nor a picture"):
+    with pytest.raises(ValueError, match=r"no inputs|Neither a URL nor a picture|it is not a picture"):
         handler({"inputs": inputs})
     with pytest.raises(ValueError, match="Neither a URL nor a picture"):
         handler({"inputs": draw_picture(32, 32), "parameters": {"background": str(Path(__file__))}})

@@ -13,6 +13,7 @@ from birefnet.command_line import main
 from birefnet.inference import quantization
 from birefnet.inference.quantization import Int8Arithmetic, quantize
 from birefnet.repository.configuration_birefnet import SWIN_BACKBONES, BiRefNetConfig
+from birefnet.repository.hardware_birefnet import compute_plan
 from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
 
 from .. import reference_weights
@@ -273,12 +274,6 @@ def test_processors_without_the_instructions(monkeypatch, small_network):
         quantize(small_network.eval())
 
 
-@pytest.mark.parametrize(("supported", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_dtype_between(monkeypatch, supported, expected):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
-    assert quantization.dtype_between() == expected
-
-
 @pytest.fixture
 def data(tmp_path):
     """Two photos in im/ with their masks in gt/."""
@@ -310,7 +305,7 @@ def test_evaluation_in_int8(any_size, tiny_model_folder, data):
     result = data / "result.json"
     options = ["--model", str(tiny_model_folder), "--device", "cpu", "--dtype", "int8", "--json", str(result)]
     assert main(["evaluate", str(data), "--workers", "1", *options]) == 0
-    between = str(quantization.dtype_between()).removeprefix("torch.")
+    between = str(compute_plan("cpu", torch.bfloat16).arithmetic).removeprefix("torch.")
     assert json.loads(result.read_text())["settings"]["dtype"] == f"int8 and {between}"
 
 

@@ -199,6 +199,11 @@ def test_errors_of_the_decoder_reach_the_caller(remover):
         list(stages.process(broken(), remover, lambda frame, outputs: None))
 
 
+def test_a_suffix_of_another_format_is_refused(tmp_path, run):
+    with pytest.raises(CommandError, match="needs the suffix .mov"):
+        run(write_clip(tmp_path / "clip.mp4", 1), "out.webm", format="prores")
+
+
 def test_no_frame_in_the_span(tmp_path, run):
     with pytest.raises(CommandError, match="no frame"):
         run(write_clip(tmp_path / "clip.mp4", 3), format="prores", start=5.0)

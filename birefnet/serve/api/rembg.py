@@ -63,9 +63,9 @@ async def remove_from_url(request: Request):
 )
 async def remove_from_upload(request: Request):
     server = server_of(request)
-    async with accepted_form(request, server, most_files=1) as form:
+    async with accepted_form(request, server, most_files=2) as form:
         fields = Form({**request.query_params, **form.values}).parse(Remove)
-        file = next(iter(form.uploads("file")), None)
+        file = form.single("file")
         return await while_connected(request, _answer(server, fields, file))
 
 

@@ -88,7 +88,7 @@ async def _answer(server: Server, form: Form, accept: str):
     background = await _background_of(server, fields, form)
     if fields.add_shadow:
         raise RequestError("add_shadow: shadows are not supported.", "invalid_parameters")
-    photo = await photo_of(server, _single(form, "image_file"), fields.image_file_b64, fields.image_url)
+    photo = await photo_of(server, form.single("image_file"), fields.image_file_b64, fields.image_url)
 
     def finish(computed: ComputedPhoto):
         cutout, box = frame.after(computed.picture())
@@ -107,20 +107,13 @@ async def _answer(server: Server, form: Form, accept: str):
     return picture_response(content, picture_format, headers)
 
 
-def _single(form: Form, name: str):
-    files = form.uploads(name)
-    if len(files) > 1:
-        raise RequestError(f"{name}: give one file.", "multiple_sources")
-    return files[0] if files else None
-
-
 async def _background_of(server: Server, fields: RemoveBackground, form: Form) -> Image.Image | None:
-    file = _single(form, "bg_image_file")
+    file = form.single("bg_image_file")
     if file is None and not fields.bg_image_url:
         return None
     if fields.bg_color:
         raise RequestError("bg_color and a background picture contradict each other.", "invalid_parameters")
-    return decode_photo(await photo_of(server, file, None, fields.bg_image_url), server.limits).image
+    return decode_photo(await photo_of(server, file, None, fields.bg_image_url), server.limits)
 
 
 def model_for(subject: str, shelf: ModelShelf) -> str:

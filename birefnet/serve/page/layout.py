@@ -244,7 +244,7 @@ class _Actions:
         session = self.sessions.get(request.session_hash)
         encoded = _take(path)
         try:
-            picture = await asyncio.to_thread(lambda: decode_photo(encoded, self.server.limits).image.convert("RGB"))
+            picture = await asyncio.to_thread(lambda: decode_photo(encoded, self.server.limits).convert("RGB"))
         except RequestError as error:
             return (
                 None,

@@ -112,7 +112,7 @@ def _webp(picture: Image.Image) -> bytes:
 def _encoded(session: Session, photo: PagePhoto, server: Server, picture_format: str) -> bytes:
     """The result at the photo's size."""
     computed = photo.with_photo(server.limits)
-    return encode_picture(session.look.picture_of(computed), picture_format, computed.encoder_options)
+    return encode_picture(session.look.picture_of(computed), picture_format)
 
 
 async def _archived(session: Session, server: Server) -> AsyncIterator[bytes]:

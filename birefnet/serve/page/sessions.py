@@ -34,7 +34,7 @@ class PagePhoto:
         """Lets go of the decoded photo, which takes ten times the room of the encoded one."""
         logits = computed.outputs["logits"].clone()  # not a view of a whole batch's
         outputs = type(computed.outputs)(logits=logits, target_size=computed.outputs["target_size"])
-        return cls(name, encoded, model, ComputedPhoto(computed.remover, outputs, computed.encoder_options))
+        return cls(name, encoded, model, ComputedPhoto(computed.remover, outputs))
 
     @property
     def size(self) -> tuple[int, int]:
@@ -44,15 +44,15 @@ class PagePhoto:
 
     def with_photo(self, limits: Limits, longest_side: int | None = None) -> ComputedPhoto:
         """The computed photo with its pixels, at full size or as a smaller copy."""
-        photo = decode_photo(self.encoded, limits).image
+        from birefnet.repository.image_processing_birefnet import read_photo  # imports torch
+
+        photo = decode_photo(self.encoded, limits)
         if longest_side is not None and max(photo.size) > longest_side:
             photo.thumbnail((longest_side, longest_side), Image.Resampling.BILINEAR, reducing_gap=2)
-        if photo.mode != "RGB":
-            photo = photo.convert("RGB")
-        outputs = type(self.computed.outputs)(
-            logits=self.computed.outputs["logits"], photo=photo, target_size=(photo.height, photo.width)
-        )
-        return ComputedPhoto(self.computed.remover, outputs, self.computed.encoder_options)
+        photo, alpha = read_photo(photo)
+        kept = {"photo": photo, "alpha": alpha, "target_size": (photo.height, photo.width)}
+        outputs = type(self.computed.outputs)(logits=self.computed.outputs["logits"], **kept)
+        return ComputedPhoto(self.computed.remover, outputs)
 
 
 @dataclass

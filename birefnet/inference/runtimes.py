@@ -5,9 +5,31 @@ from pathlib import Path
 import torch
 
 from birefnet.errors import CommandError
-from birefnet.export.folders import FILES
-from birefnet.export.programs import import_extra
 from birefnet.repository.modeling_birefnet import BiRefNetImageSegmentationOutput
+
+
+# Where each format's files lie in the folder, by dtype. transformers.js prescribes those of ONNX.
+FILES = {
+    "onnx": {"float32": "model.onnx", "float16": "model_fp16.onnx", "int8": "model_quantized.onnx"},
+    "openvino": {"float32": "openvino_model.xml", "float16": "openvino_model_fp16.xml"},
+    "torch": {"float32": "model.pt2"},
+}
+
+
+def import_extra(*names: str):
+    """
+    Imports optional modules.
+
+    Raises:
+        CommandError: one of them is not installed.
+    """
+    import importlib
+
+    try:
+        modules = [importlib.import_module(name) for name in names]
+    except ImportError as error:
+        raise CommandError(f"{error}. Exporting needs: pip install 'birefnet-transformers[export]'") from error
+    return modules[0] if len(modules) == 1 else modules
 
 
 class ExportedNetwork:

@@ -1,0 +1,153 @@
+"""Exported files compute what PyTorch computes, and nothing else is kept."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from birefnet.command_line import main
+from birefnet.errors import CommandError, UsageError
+from birefnet.export import BiRefNetOnnxModel, BiRefNetOpenVINOModel, export_model, folders, verification
+from birefnet.hub.publish import draw_picture
+from birefnet.inference import load_model, load_remover
+from birefnet.repository.pipeline_birefnet import BiRefNetPipeline
+
+
+slow = pytest.mark.skipif(os.environ.get("BIREFNET_SLOW") != "1", reason="takes minutes: set BIREFNET_SLOW=1")
+
+for name in ("onnx", "onnxscript", "onnxruntime"):
+    pytest.importorskip(name)
+
+
+def write(network, out, file_format="onnx", size=None, dynamic_batch=False, dtypes=("float32",)):
+    targets = folders.file_paths(file_format, out, dtypes)
+    return folders.write_programs(*network, out, targets, file_format, size, dynamic_batch)
+
+
+def relative_difference(model, network, pixel_values):
+    with torch.inference_mode():
+        expected = model(pixel_values).logits
+    return ((network(pixel_values).logits - expected).abs().max() / expected.std()).item()
+
+
+def test_swin_network_in_onnx(tiny_swin, tmp_path):
+    reports = write(tiny_swin, tmp_path, dtypes=("float32", "float16", "int8"))
+    for report in reports:
+        assert (
+            verification.Agreement(**report.agreement).measure(report.dtype) <= verification.TOLERANCES[report.dtype]
+        )
+    sizes = {report.dtype: report.megabytes for report in reports}
+    assert sizes["int8"] < 0.3 * sizes["float32"]
+    network = BiRefNetOnnxModel(tmp_path / "onnx" / "model.onnx", tiny_swin[0].config)
+    with pytest.raises(ValueError, match=r"shape \(1, 3, 96, 64\); this file takes \(1, 3, 64, 96\)"):
+        network(torch.zeros(1, 3, 96, 64))
+
+
+@slow
+def test_swin_network_for_any_batch(tiny_swin, tmp_path):
+    write(tiny_swin, tmp_path, dynamic_batch=True)
+    network = BiRefNetOnnxModel(tmp_path / "onnx" / "model.onnx", tiny_swin[0].config)
+    for batch in (1, 2, 5):
+        pixel_values = torch.randn(batch, 3, 64, 96, generator=torch.Generator().manual_seed(batch))
+        assert relative_difference(tiny_swin[0], network, pixel_values) <= 1e-4
+
+
+@slow
+def test_swin_network_in_openvino(tiny_swin, tmp_path):
+    pytest.importorskip("openvino")
+    write(tiny_swin, tmp_path, "openvino", dtypes=("float32", "float16"))
+    network = BiRefNetOpenVINOModel(tmp_path / "openvino" / "openvino_model.xml", tiny_swin[0].config)
+    assert relative_difference(tiny_swin[0], network, torch.randn(1, 3, 64, 96)) <= 1e-4
+
+
+def test_embedded_network_in_the_pipeline(embedded_folder):
+    folder, _ = embedded_folder
+    photo = draw_picture(600, 400)
+    exact = load_remover()(photo, return_mask=True)
+    exported = load_remover(str(folder), runtime="onnx")(photo, return_mask=True)
+    assert exported.size == photo.size
+    assert np.abs(np.asarray(exact, int) - np.asarray(exported, int)).max() <= 1
+
+
+def test_files_for_transformers_js_load_in_python(embedded_folder):
+    folder, _ = embedded_folder
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    assert settings["feature_extractor_type"] == "ViTFeatureExtractor"
+    assert "image_processor_type" not in settings
+    from transformers import AutoImageProcessor
+
+    processor = AutoImageProcessor.from_pretrained(folder)
+    assert type(processor).__name__ == "BiRefNetImageProcessor"
+    model = BiRefNetOnnxModel.from_pretrained(folder, dtype="int8")
+    cut_out = BiRefNetPipeline(model=model, image_processor=processor)(draw_picture())
+    assert cut_out.mode == "RGBA"
+
+
+def test_cutout_command_runs_the_file(embedded_folder, tmp_path, capsys):
+    folder, _ = embedded_folder
+    draw_picture().save(tmp_path / "photo.png")
+    photo = str(tmp_path / "photo.png")
+    assert main(["cutout", photo, "--model", str(folder), "--runtime", "onnx", "--dtype", "float16"]) == 0
+    assert Image.open(tmp_path / "photo-cutout.png").mode == "RGBA"
+    assert main(["cutout", photo, "-o", str(tmp_path / "x.png"), "--runtime", "onnx"]) == 2
+    assert "--model FOLDER" in capsys.readouterr().err
+    assert main(["cutout", photo, "-o", str(tmp_path / "x.png"), "--model", str(folder), "--runtime", "openvino"]) == 1
+    assert "no openvino file in float32; it has none" in capsys.readouterr().err
+    arguments = ["cutout", photo, "-o", str(tmp_path / "x.png"), "--model", str(folder), "--runtime", "onnx"]
+    assert main([*arguments, "--resolution", "512"]) == 2
+    assert main([*arguments, "--batch-size", "2"]) == 2
+
+
+def test_existing_files_are_kept(embedded_folder, capsys):
+    folder, _ = embedded_folder
+    before = (folder / "onnx" / "model.onnx").stat().st_mtime_ns
+    assert main(["export", "embedded", str(folder)]) == 1
+    assert "model.onnx exists and was kept; --overwrite replaces it" in capsys.readouterr().err
+    assert (folder / "onnx" / "model.onnx").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"size": (500, 512)}, "multiples of 32"), ({"file_format": "torch", "dtypes": ("int8",)}, "float32")],
+)
+def test_wrong_arguments(options, message, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        export_model("embedded", tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_size_that_is_no_multiple_of_32(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["export", "embedded", str(tmp_path / "out"), "--size", "500"])
+    assert "multiples of 32" in capsys.readouterr().err
+
+
+def test_a_file_that_disagrees_is_not_kept(tiny_swin, tmp_path, monkeypatch):
+    monkeypatch.setitem(verification.TOLERANCES, "float32", 1e-12)
+    with pytest.raises(CommandError, match=r"model.onnx disagrees with PyTorch.*not kept"):
+        write(tiny_swin, tmp_path)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_nan_disagrees():
+    agreement = verification.Agreement()
+    agreement.include(torch.full((1, 1, 2, 2), torch.nan), torch.arange(4.0).view(1, 1, 2, 2))
+    agreement.include(torch.arange(4.0).view(1, 1, 2, 2), torch.arange(4.0).view(1, 1, 2, 2))
+    assert not agreement.measure("float32") <= 1
+
+
+def test_a_full_disk_is_named(tiny_swin, tmp_path, monkeypatch):
+    usage = folders.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(CommandError, match="GB free; exporting needs about"):
+        write(tiny_swin, tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_missing_package_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    with pytest.raises(CommandError, match=r"birefnet-transformers\[export\]"):
+        BiRefNetOnnxModel(tmp_path / "model.onnx", load_model)

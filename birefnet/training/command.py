@@ -198,12 +198,14 @@ def _add_schedule_arguments(group):
         "--last-epochs", type=int, help="epochs at the end with region-level losses (fine-tuning: 0; published: 20)"
     )
     group.add_argument(
-        "--learning-rate", type=float, help="fine-tuning: 2e-4; published: 1e-5 · √(batch/4), for dis ten times that"
+        "--learning-rate",
+        type=float,
+        help="fine-tuning: 2e-4, or 5e-5 for transformers; published: 1e-5 · √(batch/4), for dis ten times that",
     )
     group.add_argument(
         "--backbone-learning-rate",
         type=float,
-        help="fine-tuning: 1e-4, or 2e-5 for transformers, or --learning-rate if it is lower; published: the same as "
+        help="fine-tuning: 1e-4, or 1e-5 for transformers, or --learning-rate if it is lower; published: the same as "
         "--learning-rate",
     )
     group.add_argument(

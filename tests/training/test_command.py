@@ -21,6 +21,7 @@ pytest.importorskip("accelerate")
 from birefnet.errors import CommandError, UsageError
 from birefnet.inference.loading import load_model
 from birefnet.training import command as training
+from birefnet.training import recipes
 from birefnet.training.augmentation import AugmentationSettings
 from birefnet.training.progress import TITLE_HEIGHT
 
@@ -362,6 +363,8 @@ def test_fine_tuning_is_safe_without_options():
         for words in ([], ["--learning-rate", 1e-5], ["--learning-rate", 1], ["--backbone-learning-rate", 3])
     ]
     assert backbone_rates == [1e-4, 1e-5, 1e-4, 3]
+    transformer = recipes.fine_tuning_recipe(20, 4, recipes.backbone_kind("swin_v1_t"))
+    assert (transformer.learning_rate, transformer.backbone_learning_rate) == (5e-5, 1e-5)
 
 
 def test_published_recipe_is_one_option_away_and_warns(caplog):

@@ -286,7 +286,7 @@ def test_a_missing_model_is_reported_in_one_line(tmp_path, capfd):
 )
 def test_a_faster_dtype_is_suggested_where_there_is_one(dtype, device, faster, suggested, monkeypatch, capsys):
     monkeypatch.setattr(hardware_birefnet, "has_bfloat16_arithmetic", lambda: faster == "bfloat16")
-    _suggest_dtype(SimpleNamespace(dtype=dtype), SimpleNamespace(device=torch.device(device)))
+    _suggest_dtype(SimpleNamespace(dtype=dtype, runtime="pytorch"), SimpleNamespace(device=torch.device(device)))
     assert ("--dtype bfloat16" in capsys.readouterr().err) == suggested
 
 

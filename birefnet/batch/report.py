@@ -32,6 +32,7 @@ class Progress:
         self.course: list[tuple[float, int]] = []  # (seconds since the start, photos done)
         self.start = time.time()
         self.first_block: float | None = None
+        self.last_block = 0.0
         self.last_line = 0.0
 
     def add(self, summary: dict) -> None:
@@ -44,14 +45,15 @@ class Progress:
         self.machines.add(summary["worker"].rpartition(":")[0])
         self.memory[summary["worker"]] = max(self.memory.get(summary["worker"], 0), summary["memory"])
         self.first_block = min(self.first_block or summary["started"], summary["started"])
+        self.last_block = max(self.last_block, summary["ended"])
         self.course.append((time.time() - self.start, self.photos))
 
     @property
     def rate(self) -> float:
-        """Photos per second since the first block began, so without loading the model."""
+        """Photos per second from the start of the first block to the end of the last, so without loading the model."""
         if self.first_block is None:
             return 0.0
-        return self.photos / max(time.time() - self.first_block, 1e-9)
+        return self.photos / max(self.last_block - self.first_block, 1e-9)
 
     def cost(self, seconds: float) -> float | None:
         return None if self.price is None else round(self.price * max(1, len(self.machines)) * seconds / 3600, 4)

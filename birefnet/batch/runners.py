@@ -3,7 +3,9 @@
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -89,6 +91,14 @@ def run_blocks_on_ray(
     Raises:
         SinkError: the sink takes no more. CommandError: there is no such cluster, or it cannot serve the workers.
     """
+    # Ray prints to standard output what becomes of its workers, but `--json` needs standard output for the report.
+    with redirect_stdout(sys.stderr):
+        yield from _summaries(blocks, task, model, digest, cluster, worker_class)
+
+
+def _summaries(
+    blocks: list[Block], task: Task, model: Path, digest: str, cluster: Cluster, worker_class: type
+) -> Iterator[dict]:
     ray, started = connect(cluster.address)
     try:
         workers, cpus, gpus = share_out(cluster, ray.cluster_resources(), len(blocks))
@@ -143,7 +153,7 @@ def connect(address: str):
             )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise CommandError(f"--ray {address}: {' '.join(str(error).split())}") from error
-    # Ray Data logs its plan on standard output, which `--json` needs for itself.
+    # Ray Data describes its plan at length.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

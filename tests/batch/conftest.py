@@ -30,7 +30,6 @@ def batch(tiny_model_folder, capsys):
         command = ["batch", *map(str, arguments), "--model", str(tiny_model_folder), "--block-size", "3", "--json"]
         code = main(command)
         output, errors = capsys.readouterr()
-        # Ray may print messages about killed workers first. The report is the last line.
-        return code, json.loads(output.splitlines()[-1]) if output else None, errors
+        return code, json.loads(output) if output else None, errors
 
     return run

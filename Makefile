@@ -5,6 +5,8 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --c
 
 OLDEST_PYTHON ?= python3.10
 OLDEST_VENV := .venv-oldest
+# These extras need newer versions than the package itself.
+OLDEST_LEFT_OUT := batch export serve video
 
 .PHONY: help demo test test-oldest clean
 
@@ -23,12 +25,12 @@ test: $(VENV)/test.installed  ## check the style and run the tests
 	$(VENV)/bin/python -m pytest -m "not hub" $(PYTEST_ARGUMENTS)
 
 test-oldest: $(OLDEST_VENV)/test.installed  ## run the tests with Python 3.10 and the oldest dependencies
-	$(OLDEST_VENV)/bin/python -m pytest -m "not hub" $(PYTEST_ARGUMENTS)
+	$(OLDEST_VENV)/bin/python -m pytest -m "not hub" $(OLDEST_LEFT_OUT:%=--ignore tests/%) $(PYTEST_ARGUMENTS)
 
 $(OLDEST_VENV)/test.installed: pyproject.toml constraints-oldest.txt
 	$(OLDEST_PYTHON) -m venv $(OLDEST_VENV)
 	$(OLDEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt \
-		--editable '.[test,heif]'
+		--editable '.[demo,train,evaluate,heif]' pytest setuptools wheel
 	touch $@
 
 $(VENV)/demo.installed $(VENV)/test.installed: $(VENV)/%.installed: pyproject.toml constraints.txt | $(VENV)/bin/python

@@ -268,11 +268,12 @@ class BiRefNetDecoder(nn.Module):
         necks = (self.pyramid_neck_x1, self.pyramid_neck_x2, self.pyramid_neck_x3, self.pyramid_neck_x4)
         sizes = [(height // stride, width // stride) for stride in (4, 8, 16, 32)]
         # A 1×1 convolution commutes with resizing. It runs at the smaller of the two sizes.
-        *laterals, x4 = [
+        maps = [
             resize(neck(feature), size) if size[0] > feature.shape[-2] else neck(resize(feature, size))
             for neck, feature, size in zip(necks, [*(x for (x,) in laterals), x4], sizes, strict=True)
         ]
-        return [(x,) for x in laterals], x4
+        x4 = maps.pop()
+        return [(x,) for x in maps], x4
 
     def with_source(self, hidden_states: torch.Tensor, image: torch.Tensor, level: int) -> list[torch.Tensor]:
         """The map, and with a source reference the output of `ipt_blk{level}` at the map's size."""

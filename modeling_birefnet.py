@@ -249,8 +249,8 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
             The maps x1, x2, x3, each a tuple of the map of the image and, with multi-scale input, the map of the
             half-size image; and the map x4, scales joined and the context of the other maps concatenated.
         """
-        *laterals, deepest = self.extract_features(pixel_values)
-        x4 = self.join_scales(*deepest)
+        laterals = list(self.extract_features(pixel_values))
+        x4 = self.join_scales(*laterals.pop())
         if self.config.context_levels:
             x4 = torch.cat([*(self.join_scales(*maps, size=x4.shape[-2:]) for maps in laterals), x4], dim=1)
         if self.decoder.needs_neck:

@@ -106,13 +106,11 @@ class FilesShard:
             storage.remove(name)
 
 
-class ParquetShard:
-    """One table per block: `part-BLOCK.parquet`."""
+class _SingleFileShard:
+    """One file per block. What is open is closed together, also after an error."""
 
-    def __init__(self, storage: Storage, block: str, picture_format: str):
-        self.storage, self.name = storage, f"part-{block}.parquet"
-        self.rows: list[dict] = []
-        self.writer = None
+    def __init__(self, storage: Storage, name: str):
+        self.storage, self.name = storage, name
         self.stack = ExitStack()
 
     def __enter__(self):
@@ -120,6 +118,15 @@ class ParquetShard:
 
     def __exit__(self, *exception):
         return self.stack.__exit__(*exception)
+
+
+class ParquetShard(_SingleFileShard):
+    """One table per block: `part-BLOCK.parquet`."""
+
+    def __init__(self, storage: Storage, block: str, picture_format: str):
+        super().__init__(storage, f"part-{block}.parquet")
+        self.rows: list[dict] = []
+        self.writer = None
 
     def add(self, result: Result) -> None:
         record, subject = result.record, result.subject or {}
@@ -195,20 +202,13 @@ def parquet_schema():
     )
 
 
-class WebDatasetShard:
+class WebDatasetShard(_SingleFileShard):
     """One tar per block: `shard-BLOCK.tar` with `KEY.png` and `KEY.json` for each photo that has a result."""
 
     def __init__(self, storage: Storage, block: str, picture_format: str):
-        self.storage, self.name = storage, f"shard-{block}.tar"
+        super().__init__(storage, f"shard-{block}.tar")
         self.suffix = suffix_of(picture_format)
         self.tar = None
-        self.stack = ExitStack()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        return self.stack.__exit__(*exception)
 
     def add(self, result: Result) -> None:
         if result.picture is None:

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 WORSE_IN_A_ROW = 3
 STOP_FACTOR = 2.0
+STOP_RISE = 0.1  # of MAE + (1 − IoU)
 CURVE_FILE, SHEET_FILE = "curve.png", "before_after.png"
 SHEET_SIDE = 224  # pixels of a picture's longer side in the contact sheet
 TITLE_HEIGHT = 20  # pixels
@@ -117,8 +118,12 @@ class Course:
 
     @property
     def is_ruined(self) -> bool:
-        """Whether the model is worse than before the training, and MAE or 1 − IoU has at least doubled."""
-        if self.before is None or self.last is None or self.last.error <= self.before.error:
+        """Whether MAE or 1 − IoU has at least doubled, and the error has risen by at least 0.1.
+
+        The first updates make a nearly perfect model slightly worse, which may double a very small error. The later
+        updates make up for it (docs/fine-tuning.md).
+        """
+        if self.before is None or self.last is None or self.last.error < self.before.error + STOP_RISE:
             return False
         doubled_mae = self.last.mae >= STOP_FACTOR * self.before.mae
         return doubled_mae or 1 - self.last.iou >= STOP_FACTOR * (1 - self.before.iou)

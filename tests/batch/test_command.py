@@ -96,7 +96,7 @@ def test_a_full_disk_stops_the_run_and_a_second_run_completes_it(batch, photos, 
 
     monkeypatch.setattr(storage, "write_whole", write_until_full)
     code, report, errors = batch(photos, sink)
-    assert code == 1 and report is None and "No space left on device" in errors and "Traceback" not in errors
+    assert code == 1 and "No space left on device" in report["stopped"] and "Traceback" not in errors
     assert "no errors.jsonl and no report" in errors
     monkeypatch.setattr(storage, "write_whole", write)
     committed = {record["id"] for record in records(sink)}

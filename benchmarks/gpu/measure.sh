@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Measures everything that needs a GPU, in at most six minutes. See measure.py and benchmarks/README.md.
+set -eu
+cd "$(dirname "$0")/../.."
+PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 exec "${PYTHON:-python3}" benchmarks/gpu/measure.py "$@"

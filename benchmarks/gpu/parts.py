@@ -334,8 +334,8 @@ def training(arguments, record):
 def end_to_end_photos(arguments, record):
     """From JPEG files to PNG cut-outs, as `birefnet cutout`."""
     prepare(arguments, record)
-    for options in ([], ["--model", "general"], ["--model", "general", "--batch-size", "8"]):
-        options = ["--device", arguments.device, *options]
+    for network, batch in ((None, "1"), ("general", "1"), ("general", "8")):
+        options = ["--device", arguments.device, "--batch-size", batch, *(["--model", network] if network else [])]
         if arguments.tiny:
             options += ["--photos", "2", "--megapixels", "0.01", "0.02", "--resolution", "64"]
         result = end_to_end.measure(end_to_end.parse_arguments(options))
@@ -343,8 +343,15 @@ def end_to_end_photos(arguments, record):
             f"{stage}: ms per photo": 1000 * s / result["photos"] for stage, s in result["stage_seconds"].items()
         }
         rates = {name.replace("_", " "): result[name] for name in ("photos_per_second", "network_photos_per_second")}
-        network = " ".join(options[3:5]) or "embedded weights"
-        record(row={"network": network, "dtype": result["dtype"], "batch": result["batch_size"], **rates, **stages})
+        record(
+            row={
+                "network": network or "embedded",
+                "dtype": result["dtype"],
+                "batch": result["batch_size"],
+                **rates,
+                **stages,
+            }
+        )
         if arguments.tiny:
             return
 

@@ -3,8 +3,8 @@
     python benchmarks/gpu/pack.py --data 'train-*.parquet' --validation-data 'validation-*.parquet' --output out/carry
 
 Writes `out/carry/1/validation.parquet`, `out/carry/1/train.parquet`, `out/carry/2/train.parquet`, … Photos are WebP of
-the highest quality that fits, masks are WebP without loss. Each file holds a random part of the pairs, so one file alone
-is a fair sample.
+the highest quality that fits, masks are WebP without loss. Each file holds a random part of the pairs, so one file
+alone is a fair sample.
 """
 
 import argparse

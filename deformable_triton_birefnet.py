@@ -99,7 +99,7 @@ def _deformable_convolution_kernel(
             sample = top_left[:, None] * tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
             mask = (has_top & has_right)[:, None] & is_channel[None, :]
             sample += top_right[:, None] * tl.load(pointer + CHANNELS, mask=mask, other=0.0).to(tl.float32)
-            pointer += width.to(tl.int64) * CHANNELS
+            pointer += width * CHANNELS
             mask = (has_bottom & has_left)[:, None] & is_channel[None, :]
             sample += bottom_left[:, None] * tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
             mask = (has_bottom & has_right)[:, None] & is_channel[None, :]

@@ -10,6 +10,7 @@ product runs in turn with them. Its rate is the roofline.
 """
 
 import argparse
+import copy
 import datetime
 import json
 import platform
@@ -188,7 +189,17 @@ def measure_case(
 
 
 def load_networks(arguments: argparse.Namespace, model: str) -> dict:
-    return {dtype: load_model(model, dtype, arguments.device) for dtype in arguments.dtypes}
+    """The model in each dtype. Its weights are read or drawn once."""
+    exact = load_model(model, "float32", arguments.device)
+    networks = {"float32": exact}
+    for dtype in set(arguments.dtypes) - {"float32"}:
+        is_int8 = dtype == "int8"
+        networks[dtype] = load_model(model, dtype, arguments.device) if is_int8 else as_dtype(exact, dtype)
+    return networks
+
+
+def as_dtype(model, dtype: str):
+    return copy.deepcopy(model).to(getattr(torch, dtype))
 
 
 def arithmetic_of(subject: Subject, device: torch.device) -> str:

@@ -64,21 +64,21 @@ class Training:
 
     def run(self):
         self.validate(0.0)
-        begin = last = None
-        while True:
-            now = time.monotonic()
-            begin = begin or (now if self.photos else None)  # the first update compiles
-            last = last or begin
-            progress = 0.0 if begin is None else (now - begin) / (self.end - SECONDS_TO_END - begin)
-            if self.arguments.tiny:
-                progress = self.photos / (4 * self.arguments.batch_size)
-            if progress >= 1:
-                break
-            if begin and now - last > self.arguments.validate_every:
+        self.update(0.0)  # compiles the network
+        begin = last = time.monotonic()
+        while (progress := self.progress_since(begin)) < 1:
+            if time.monotonic() - last > self.arguments.validate_every:
                 self.validate(progress)
-                last = now
+                last = time.monotonic()
             self.update(progress)
         self.validate(1.0)
+
+    def progress_since(self, begin: float) -> float:
+        """Share of the training that is done: of the time from `begin` on, and in a tiny training of four updates."""
+        if self.arguments.tiny:
+            return self.photos / (4 * self.arguments.batch_size)
+        stop = self.end - SECONDS_TO_END
+        return (time.monotonic() - begin) / (stop - begin) if begin < stop else 1.0
 
     def update(self, progress: float):
         for group in self.optimizer.param_groups:

@@ -22,12 +22,14 @@ from pathlib import Path
 from project import make_importable
 
 
+make_importable()  # here, because spawned processes import this file only
+
 # Functions of parts.py, and the most seconds of each, in order of importance: the last ones are skipped if the time
 # ends.
 PARTS = {
-    "parity": 70,
+    "parity": 65,
     "network": 130,
-    "kernel": 45,
+    "kernel": 60,
     "foreground": 20,
     "training": 45,
     "end_to_end_photos": 60,
@@ -49,9 +51,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: argparse.Namespace):
     start = time.monotonic()
-    make_importable()
     import parts  # imported before the processes are forked, so that the imports take their time only once
 
+    context = multiprocessing.get_context("fork" if can_fork(arguments.device) else "spawn")
     arguments.output.mkdir(parents=True, exist_ok=True)
     results = {"seconds": arguments.seconds, "environment": None, "parts": {}}
     for name in arguments.parts:
@@ -60,7 +62,7 @@ def main(arguments: argparse.Namespace):
             outcome = f"skipped: {left:.0f} of {arguments.seconds:.0f} s were left"
             part = {"outcome": outcome, "seconds": 0.0, "rows": []}
         else:
-            part = run_part(getattr(parts, name), arguments, min(PARTS[name], left))
+            part = run_part(context, getattr(parts, name), arguments, min(PARTS[name], left))
         results["environment"] = results["environment"] or part.pop("environment", None)
         results["parts"][name] = part
         print(f"\n## {name}: {part['outcome']}, {part['seconds']:.0f} s\n{parts.table(part['rows'])}", flush=True)
@@ -69,13 +71,28 @@ def main(arguments: argparse.Namespace):
     print(f"\n{time.monotonic() - start:.0f} s; results in {arguments.output}", flush=True)
 
 
-def run_part(part: Callable, arguments: argparse.Namespace, seconds: float) -> dict:
-    """Run a part in a forked process, for at most `seconds`. Returns its outcome and all rows that it recorded."""
+def can_fork(device: str) -> bool:
+    """Whether forked processes can use the device: a library may have started CUDA when it was imported."""
+    process = multiprocessing.get_context("fork").Process(target=use, args=(device,))
+    process.start()
+    process.join(30)
+    process.kill()
+    return process.exitcode == 0
+
+
+def use(device: str):
+    import torch
+
+    torch.zeros(1, device=device).add_(1).item()
+
+
+def run_part(context, part: Callable, arguments: argparse.Namespace, seconds: float) -> dict:
+    """Run a part in a process of its own, for at most `seconds`. Returns its outcome and the rows that it recorded."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "rows")
         file.touch()
-        process = multiprocessing.get_context("fork").Process(target=run_and_record, args=(part, arguments, file))
+        process = context.Process(target=run_and_record, args=(part, arguments, file))
         process.start()
         process.join(seconds)
         outcome = "whole" if process.exitcode == 0 else f"failed with code {process.exitcode}"
@@ -97,7 +114,7 @@ def run_part(part: Callable, arguments: argparse.Namespace, seconds: float) -> d
 
 
 def run_and_record(part: Callable, arguments: argparse.Namespace, file: Path):
-    """The forked process: writes one line of JSON for each row as soon as it is measured."""
+    """The part's process: writes one line of JSON for each row as soon as it is measured."""
     os.setpgrp()
     with file.open("a") as stream:
 

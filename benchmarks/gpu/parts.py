@@ -156,18 +156,19 @@ def compare_foreground(record: Callable, device: torch.device):
 # ------------------------------------------------------------------------------------------------------------------
 
 # Network, side, batch, dtypes, ways. Those that the goals name come first.
+HALF, BOTH_WAYS = ["float16"], ["eager", "graph"]
 SPEED_CASES = (
-    ("general", 1024, 1, ["float16", "bfloat16", "float32"], ["eager", "graph"]),
-    ("general", 1024, 8, ["float16"], ["eager", "graph"]),
-    ("lite", 1024, 1, ["float16", "bfloat16", "float32"], ["eager", "graph"]),
-    ("lite", 1024, 8, ["float16"], ["eager", "graph"]),
-    ("general", 2048, 1, ["float16"], ["eager", "graph"]),
-    ("lite", 2048, 1, ["float16"], ["eager", "graph"]),
-    ("general", 2048, 8, ["float16"], ["eager", "graph"]),
-    ("lite", 2048, 8, ["float16"], ["eager", "graph"]),
+    ("general", 1024, 1, ["float16", "bfloat16", "float32"], BOTH_WAYS),
+    ("general", 1024, 8, HALF, BOTH_WAYS),
+    ("lite", 1024, 1, ["float16", "bfloat16", "float32"], BOTH_WAYS),
+    ("lite", 1024, 8, HALF, BOTH_WAYS),
+    ("lite", 2048, 1, HALF, BOTH_WAYS),
+    ("lite", 2048, 8, HALF, BOTH_WAYS),
+    ("general", 2048, 1, HALF, BOTH_WAYS),
+    ("general", 2048, 8, HALF, BOTH_WAYS),
 )
 COMPILED_CASES = tuple(
-    (model, side, batch, ["float16"], ["graph", "compiled"])
+    (model, side, batch, HALF, ["graph", "compiled"])
     for model, side, batch in (("general", 1024, 1), ("lite", 1024, 1), ("general", 1024, 8), ("lite", 1024, 8))
 )
 TINY_SPEED_CASES = (("lite", 64, 1, ["float32"], ["eager", "graph"]),)
@@ -179,7 +180,7 @@ def speed_of_cases(arguments, record, cases):
     device = prepare(arguments, record)
     if arguments.tiny:
         make_networks_tiny()
-    networks, previous = {}, None
+    networks, loaded = {}, None
     for model, side, batch, dtypes, ways in cases:
         options = ["--models", model, "--device", arguments.device, "--dtypes", *dtypes, "--ways", *ways]
         options += ["--repeats", "1" if arguments.tiny else str(REPEATS)]
@@ -188,11 +189,11 @@ def speed_of_cases(arguments, record, cases):
         options += ["--peer", arguments.peer] if arguments.peer else []
         chosen = speed.parse_arguments(options)
         chosen.no_memory = device.type == "cpu"
-        if (model, dtypes) != previous:
+        if model != loaded or not networks.keys() >= set(dtypes):
             networks.clear()
             free_memory(device)
             networks.update(speed.load_networks(chosen, model))
-            previous = (model, dtypes)
+            loaded = model
         for row in speed.measure_case(chosen, model, side, batch, networks):
             if "seconds" in row:
                 row["milliseconds"] = 1000 * row["seconds"]
@@ -219,27 +220,30 @@ def compiled(arguments, record):
 def kernel(arguments, record):
     """Deformable convolutions of a 1024² photo by PyTorch, torchvision and Triton; then the whole networks."""
     device = prepare(arguments, record)
-    from birefnet.repository.deformable_triton_birefnet import TILING, Tiling, convolve_in_triton
+    from birefnet.repository.deformable_triton_birefnet import TILING, Tiling, convolve_in_triton  # needs triton
 
-    sides, dtypes = ((256, 128, 64, 32), ("float16", "bfloat16", "float32"))
-    # The first tilings that do not fit the GPU's registers or shared memory are recorded as errors.
-    tilings = (TILING, Tiling(64, 256, 8, 3), Tiling(128, 128, 8, 3), Tiling(128, 256, 8, 2), Tiling(64, 128, 4, 3))
+    tilings = [TILING, Tiling(64, 256, 8, 3), Tiling(128, 128, 8, 3), Tiling(128, 256, 8, 2), Tiling(64, 128, 4, 3)]
+    in_triton = {f"Triton {tuple(tiling)}": partial(convolve_in_triton, tiling=tiling) for tiling in tilings}
+    chosen = dict(itertools.islice(in_triton.items(), 1))
     if arguments.tiny:
-        sides, dtypes, tilings = (4,), ("float32",), (TILING,)
-    for dtype, kernel_size, side in itertools.product(dtypes, (7, 3, 1), sides):
-        operands = draw_operands(kernel_size, side, getattr(torch, dtype), device, 8 if arguments.tiny else 64)
-        ways = {"PyTorch": deformable_convolution, "torchvision": convolve_in_torchvision}
-        # Other tilings matter for the largest kernels only.
-        tried = tilings if kernel_size == 7 and side == max(sides) else tilings[:1]
-        ways |= {f"Triton {tuple(tiling)}": partial(convolve_in_triton, tiling=tiling) for tiling in tried}
-        exact = deformable_convolution(*(operand.double() for operand in operands))
-        for name, function in ways.items():
+        convolutions(record, device, ("float32",), (7, 3, 1), (4,), chosen, channels=8)
+        return
+    # Other tilings are tried for the largest kernel on the largest map, which takes most of the time.
+    convolutions(record, device, ("float16",), (7,), (256,), in_triton)
+    convolutions(record, device, ("float16",), (7, 3, 1), (128, 64, 32), chosen)
+    networks_with_kernel(arguments, record)
+    convolutions(record, device, ("bfloat16", "float32"), (7, 3, 1), (256,), chosen)
+
+
+def convolutions(record, device, dtypes, kernel_sizes, sides, in_triton: dict, channels: int = 64):
+    for dtype, kernel_size, side in itertools.product(dtypes, kernel_sizes, sides):
+        operands = draw_operands(kernel_size, side, getattr(torch, dtype), device, channels)
+        with torch.inference_mode():
+            exact = deformable_convolution(*(operand.double() for operand in operands))
+        for name, function in {"PyTorch": deformable_convolution, "torchvision": in_torchvision, **in_triton}.items():
             row = {"kernel size": kernel_size, "side": side, "dtype": dtype, "way": name}
-            row |= measure_convolution(function, operands, exact, device, arguments.tiny)
-            record(row=row)
+            record(row=row | measure_convolution(function, operands, exact, device, 1 if channels < 64 else REPEATS))
         del operands, exact
-    if device.type == "cuda":
-        networks_with_kernel(arguments, record)
 
 
 def draw_operands(kernel_size: int, side: int, dtype: torch.dtype, device: torch.device, channels: int) -> list:
@@ -255,16 +259,16 @@ def draw_operands(kernel_size: int, side: int, dtype: torch.dtype, device: torch
 
 
 @torch.inference_mode()
-def measure_convolution(function, operands, exact, device: torch.device, tiny: bool) -> dict:
+def measure_convolution(function, operands, exact, device: torch.device, repeats: int) -> dict:
     try:
         error = (function(*operands).double() - exact).abs().max().item() / exact.abs().max().item()
-        time_taken = milliseconds(lambda: function(*operands), device, 1 if tiny else REPEATS)
+        time_taken = milliseconds(partial(function, *operands), device, repeats)
     except Exception as error:  # any error of one way: the others go on
         return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
     return {"milliseconds": time_taken, "error / largest value": error}
 
 
-def convolve_in_torchvision(hidden_states, offsets, modulator, weight):
+def in_torchvision(hidden_states, offsets, modulator, weight):
     from torchvision.ops import deform_conv2d
 
     if hidden_states.dtype == torch.bfloat16:

@@ -65,7 +65,10 @@ class CapturedGraphs:
         with self.lock:
             graph = self.graphs.pop(key, None)
             if graph is None:
-                graph = self.make_graph(lambda images: self.forward(model, images), pixel_values.to(weight.device))
+                # A tensor made in inference mode could not take the input of a later call outside of it.
+                with torch.inference_mode(False), torch.no_grad():
+                    images = pixel_values.to(weight.device)
+                    graph = self.make_graph(lambda images: self.forward(model, images), images)
             self.graphs[key] = graph
             while len(self.graphs) > KEPT_SHAPES:
                 self.graphs.popitem(last=False)

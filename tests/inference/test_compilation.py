@@ -59,6 +59,8 @@ def test_each_shape_is_captured_once_and_results_are_the_models(model):
             for side, plain in expected.items():
                 photo = images(1, 3, side, side, seed=seed)
                 assert torch.equal(model(photo).logits, plain(photo).logits)
+    with torch.no_grad():  # the graph's input was made in inference mode
+        assert torch.equal(model(images(1, 3, 64, 64)).logits, expected[64](images(1, 3, 64, 64)).logits)
     assert RecordedGraph.made == 2
 
 

@@ -4,11 +4,15 @@ import pytest
 import torch
 import triton
 
-from birefnet.repository import deformable_birefnet, deformable_triton_birefnet, hardware_birefnet
-from birefnet.repository.configuration_birefnet import BiRefNetConfig
-from birefnet.repository.deformable_birefnet import DeformableBranch, DeformableConvolution, deformable_convolution
+from birefnet.repository import deformable_triton_birefnet, hardware_birefnet
+from birefnet.repository.deformable_birefnet import (
+    ASPPDeformable,
+    DeformableBranch,
+    DeformableConvolution,
+    ZeroInitializedConvolution,
+    deformable_convolution,
+)
 from birefnet.repository.deformable_triton_birefnet import Tiling, convolve_in_triton
-from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
 
 
 SMALL_TILES = Tiling(pixels=16, out_channels=16, warps=1, stages=1)
@@ -56,7 +60,9 @@ def test_values_are_as_exact_as_those_of_the_pytorch_path(kernel_size, dtype):
     assert found.dtype == dtype and found.shape == exact.shape
     assert found.is_contiguous(memory_format=torch.channels_last)
     pytorch_error = error(deformable_convolution(*operands), exact)
-    assert error(found, exact) < (1e-6 if dtype == torch.float32 else 1.2 * pytorch_error)
+    # The interpreter cuts the last digits of a bfloat16 off, where a GPU rounds it.
+    tolerance = {torch.float32: 1e-6, torch.float16: 1.2 * pytorch_error, torch.bfloat16: 3 * pytorch_error}[dtype]
+    assert error(found, exact) < tolerance
 
 
 @pytest.mark.parametrize(
@@ -69,7 +75,7 @@ def test_values_are_as_exact_as_those_of_the_pytorch_path(kernel_size, dtype):
     ],
 )
 def test_sizes_that_do_not_fill_the_tiles(sizes):
-    operands = example(3, **sizes)
+    operands = example(1, **sizes)
     bias = torch.arange(operands[3].shape[0]).float()
     exact = deformable_convolution(*(operand.double() for operand in (*operands, bias)))
     assert error(convolve_in_triton(*operands, bias, tiling=SMALL_TILES), exact) < 1e-6
@@ -125,18 +131,15 @@ def test_gradients_are_those_of_the_pytorch_path(on_cpus):
     assert not hardware_birefnet.runs_triton(maps.double())
 
 
-def test_whole_network(on_cpus):
-    pytest.importorskip("timm", reason="the backbone is timm's")
+def test_pyramid_pooling(on_cpus):
     torch.manual_seed(0)
-    fields = {"decoder_channels": 8, "multi_scale_input": None, "context_levels": 0, "squeeze_block": None}
-    model = BiRefNetForImageSegmentation(BiRefNetConfig(backbone="test_resnet", **fields)).eval()
-    for module in model.modules():
-        if isinstance(module, deformable_birefnet.ZeroInitializedConvolution):
+    pooling, maps = ASPPDeformable(8).eval(), torch.randn(1, 8, 4, 3)
+    for module in pooling.modules():
+        if isinstance(module, ZeroInitializedConvolution):
             torch.nn.init.normal_(module.weight, std=0.3)
-    photo = torch.randn(1, 3, 32, 32)
     with torch.inference_mode():
-        found = model(photo).logits
+        found = pooling(maps)
         hardware_birefnet.TRITON_DEVICES = ()
-        expected = model(photo).logits
-    assert len(on_cpus) == 16  # four branches in each of four stages
-    assert (found - expected).abs().max() < 2e-5 * expected.std()
+        expected = pooling(maps)
+    assert len(on_cpus) == 4
+    assert (found - expected).abs().max() < 1e-5 * expected.std()

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import time
@@ -59,7 +60,7 @@ def test_measure_runs_to_its_end(tmp_path):
     assert exact["within 2e-5"] and colours["largest difference in gray levels"] < 0.05
     assert len(rows["network"]) == 3 and all(row["milliseconds"] > 0 for row in rows["network"])
     if has_triton:
-        assert len(rows["kernel"]) == 9 and all(row["error / largest value"] < 1e-6 for row in rows["kernel"])
+        assert len(rows["kernel"]) == 6 and all(row["error / largest value"] < 1e-6 for row in rows["kernel"])
     assert len(rows["foreground"]) == 2 and rows["training"][0]["seconds per update"] > 0
     assert rows["end_to_end_photos"][0]["photos per second"] > 0 and len(rows["compiled"]) == 1
     assert results["environment"]["torch"] == torch.__version__
@@ -102,7 +103,7 @@ def test_parts_without_time_are_skipped_with_the_reason(script, tmp_path, capsys
     options = ["--device", "cpu", "--seconds", "3", "--parts", "parity", "--output", str(tmp_path)]
     measure.main(measure.parse_arguments(options))
     [part] = json.loads((tmp_path / "measure.json").read_text())["parts"].values()
-    assert part["outcome"] == "skipped: 3 of 3 s were left" and part["rows"] == []
+    assert re.fullmatch(r"skipped: [0-3] of 3 s were left", part["outcome"]) and part["rows"] == []
     assert "parity: skipped" in capsys.readouterr().out
 
 

@@ -115,13 +115,12 @@ class NothingFromTheHost(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("backbone", ["swin_v1_t", "test_efficientnet"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_network_needs_nothing_from_the_host(backbone, dtype):
+def test_the_network_needs_nothing_from_the_host(backbone):
     """On the meta device, the network runs as on a GPU: without the functions for CPUs."""
     if not backbone.startswith("swin"):
         pytest.importorskip("timm", reason="the backbone is timm's")
     with torch.device("meta"):
-        model = BiRefNetForImageSegmentation(BiRefNetConfig(backbone=backbone)).eval().to(dtype)
+        model = BiRefNetForImageSegmentation(BiRefNetConfig(backbone=backbone)).eval().half()
         photo = torch.empty(2, 3, 160, 96)
     with torch.inference_mode(), NothingFromTheHost():
         assert model(photo).logits.shape == (2, 1, 160, 96)

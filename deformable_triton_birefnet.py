@@ -54,7 +54,6 @@ def _deformable_convolution_kernel(
     KERNEL_SIZE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     FACTORS: tl.constexpr,  # dtype of the matrix product's factors
-    PRECISION: tl.constexpr,  # of a float32 matrix product
     PIXELS_PER_TILE: tl.constexpr,
     CHANNELS_PER_TILE: tl.constexpr,
     OUT_CHANNELS_PER_TILE: tl.constexpr,
@@ -110,7 +109,7 @@ def _deformable_convolution_kernel(
                 other=0.0,
             )
             sample = sample.to(kernel.dtype).to(FACTORS)
-            total = tl.dot(sample, kernel.to(FACTORS), total, input_precision=PRECISION)
+            total = tl.dot(sample, kernel.to(FACTORS), total, input_precision="ieee")
 
     if HAS_BIAS:
         total += tl.load(bias + out_channel, mask=is_out_channel, other=0.0).to(tl.float32)[None, :]
@@ -171,7 +170,6 @@ def convolve_in_triton(
         KERNEL_SIZE=kernel_size,
         HAS_BIAS=bias is not None,
         FACTORS=factors,
-        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
         PIXELS_PER_TILE=tiling.pixels,
         CHANNELS_PER_TILE=min(64, max(16, triton.next_power_of_2(channels))),
         OUT_CHANNELS_PER_TILE=out_channels_per_tile,

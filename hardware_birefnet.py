@@ -387,6 +387,6 @@ def runs_triton(maps: torch.Tensor) -> bool:
     """Whether a deformable convolution of `maps` runs as a Triton kernel, which has no gradient."""
     return (
         maps.device.type in TRITON_DEVICES
-        and maps.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and maps.dtype in (torch.float16, torch.bfloat16)
         and not torch.is_grad_enabled()
     )

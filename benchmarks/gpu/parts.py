@@ -232,7 +232,7 @@ def kernel(arguments, record):
     convolutions(record, device, ("float16",), (7,), (256,), in_triton)
     convolutions(record, device, ("float16",), (7, 3, 1), (128, 64, 32), chosen)
     networks_with_kernel(arguments, record)
-    convolutions(record, device, ("bfloat16", "float32"), (7, 3, 1), (256,), chosen)
+    convolutions(record, device, ("bfloat16",), (7, 3, 1), (256,), chosen)
 
 
 def convolutions(record, device, dtypes, kernel_sizes, sides, in_triton: dict, channels: int = 64):

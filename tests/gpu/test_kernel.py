@@ -17,7 +17,7 @@ def test_kernel_under_the_interpreter():
     """A process of its own, because Triton decides at its import whether it interprets."""
     file = Path(__file__).with_name("interpreted_kernel.py")
     process = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5", str(file)],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--durations=5", str(file)],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

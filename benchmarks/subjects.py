@@ -50,7 +50,10 @@ class Subject:
             return lambda pixel_values: plain_logits(model, pixel_values)
         if self.kind == PROJECT:
             return lambda pixel_values: model(pixel_values).logits
-        if self.kind == CAPTURED:  # a copy of the module only, not of its weights: other subjects use the model too
+        if self.kind == CAPTURED:
+            if not self.device.startswith("cuda"):
+                raise ValueError("CUDA graphs need a CUDA GPU")
+            # A copy of the module only, not of its weights: other subjects use the model too.
             captured = birefnet.compile(copy.copy(model))
             return lambda pixel_values: captured(pixel_values).logits
         compiled = torch.compile(model, mode="reduce-overhead" if self.device.startswith("cuda") else "default")

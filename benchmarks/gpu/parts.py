@@ -171,7 +171,7 @@ COMPILED_CASES = tuple(
     (model, side, batch, HALF, ["graph", "compiled"])
     for model, side, batch in (("general", 1024, 1), ("lite", 1024, 1), ("general", 1024, 8), ("lite", 1024, 8))
 )
-TINY_SPEED_CASES = (("lite", 64, 1, ["float32"], ["eager", "graph"]),)
+TINY_SPEED_CASES = (("lite", 64, 1, ["float32"], ["eager", "graph"]),)  # without a GPU the graph is an error
 SPEED_COLUMNS = ("model", "side", "batch", "subject", "dtype", "milliseconds", "images_per_second", "memory_gib")
 SPEED_COLUMNS += ("roofline_percent", "faster_than_plain", "matte_difference", "first_call_seconds", "error")
 
@@ -208,8 +208,7 @@ def network(arguments, record):
 
 def compiled(arguments, record):
     """The same under torch.compile, whose compilation takes most of the time."""
-    cases = (("lite", 64, 1, ["float32"], ["graph"]),) if arguments.tiny else COMPILED_CASES
-    speed_of_cases(arguments, record, cases)
+    speed_of_cases(arguments, record, TINY_SPEED_CASES if arguments.tiny else COMPILED_CASES)
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -58,11 +58,13 @@ def test_measure_runs_to_its_end(tmp_path):
     assert [name for name in outcomes if outcomes[name] != "whole"] == ([] if has_triton else ["kernel"])
     colours, exact, _ = rows["parity"]
     assert exact["within 2e-5"] and colours["largest difference in gray levels"] < 0.05
-    assert len(rows["network"]) == 3 and all(row["milliseconds"] > 0 for row in rows["network"])
+    for eager, graph, plain in (rows["network"], rows["compiled"]):
+        assert eager["milliseconds"] > 0 and plain["milliseconds"] > 0
+        assert graph["error"] == "ValueError: CUDA graphs need a CUDA GPU"
     if has_triton:
         assert len(rows["kernel"]) == 6 and all(row["error / largest value"] < 1e-6 for row in rows["kernel"])
     assert len(rows["foreground"]) == 2 and rows["training"][0]["seconds per update"] > 0
-    assert rows["end_to_end_photos"][0]["photos per second"] > 0 and len(rows["compiled"]) == 1
+    assert rows["end_to_end_photos"][0]["photos per second"] > 0
     assert results["environment"]["torch"] == torch.__version__
     assert "| lite | 64 |" in (tmp_path / "measure.md").read_text()
     assert (tmp_path / "measure.png").read_bytes().startswith(b"\x89PNG")

@@ -29,7 +29,7 @@ make_importable()  # here, because spawned processes import this file only
 PARTS = {
     "parity": 65,
     "network": 130,
-    "kernel": 60,
+    "kernel": 80,
     "foreground": 20,
     "training": 45,
     "end_to_end_photos": 60,

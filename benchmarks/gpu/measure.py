@@ -57,7 +57,7 @@ def main(arguments: argparse.Namespace):
     arguments.output.mkdir(parents=True, exist_ok=True)
     results = {"seconds": arguments.seconds, "environment": None, "parts": {}}
     for name in arguments.parts:
-        left = arguments.seconds - (time.monotonic() - start)
+        left = max(0.0, arguments.seconds - (time.monotonic() - start))
         if left < LEAST_SECONDS:
             outcome = f"skipped: {left:.0f} of {arguments.seconds:.0f} s were left"
             part = {"outcome": outcome, "seconds": 0.0, "rows": []}

@@ -124,7 +124,9 @@ def _weights_dtype(dtype: str, device, batch_size: int) -> str:
     if reason := obstacle(device):
         raise UsageError(f"--dtype int8: {reason}")
     if batch_size > 1:
-        raise UsageError("--dtype int8 needs --batch-size 1: in a batch, each photo would change the mattes of the others")
+        raise UsageError(
+            "--dtype int8 needs --batch-size 1: in a batch, each photo would change the mattes of the others"
+        )
     return str(compute_plan(device, torch.bfloat16).arithmetic).removeprefix("torch.")
 
 

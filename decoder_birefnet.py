@@ -6,7 +6,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .deformable_birefnet import ATTENTION_BLOCKS
-from .hardware_birefnet import convolve_and_activate, fastest_layout
+from .hardware_birefnet import convolve_and_activate, convolves_faster_channels_first, fastest_layout
 from .layers_birefnet import IDENTITY, RELU, convolve, convolve_and_normalize, fold_batch_norm, image_laplacian, resize
 
 
@@ -92,26 +92,56 @@ class SourceBlock(GradientCheckpointingLayer):
         """
         The block followed by the 1×1 convolution `head` without bias: (B, 3, H, W) → (B, 1, H, W).
 
-        The two convolutions and the head compose into one 5×5 convolution. This saves a map of 64 channels at full
-        size and 60 times the arithmetic. The outermost pixels differ, because the 5×5 convolution does not know the
-        zero padding of the inner map. They are computed by the two convolutions.
+        Composed with the head, the two convolutions are one 5×5 convolution. This saves a map of 64 channels at full
+        size and 60 times the arithmetic.
 
         Args:
             head: (1, out channels, 1, 1).
         """
         second, second_bias = apply_head(head, self.conv_out.weight, self.conv_out.bias, like=image)
-        second, first, first_bias = second.float(), self.conv1.weight.float(), self.conv1.bias.float()
-        both = F.conv_transpose2d(second, first)  # (1, 3, 5, 5), correlation of the two kernels
-        both_bias = second_bias + (second.sum(dim=(2, 3)) @ first_bias).to(second_bias.dtype)
-        inner = F.conv2d(fastest_layout(image), both.to(image.dtype), both_bias.to(image.dtype), padding=1)
+        return convolve_twice(fastest_layout(image), self.conv1.weight, self.conv1.bias, second, second_bias)
 
-        def exact(strip):
-            hidden = self.conv1(strip)
-            return F.conv2d(hidden, second.to(hidden.dtype), second_bias.to(hidden.dtype), padding=1)
 
-        top, bottom = exact(image[:, :, :3])[:, :, :1], exact(image[:, :, -3:])[:, :, -1:]
-        left, right = exact(image[..., :3])[:, :, 1:-1, :1], exact(image[..., -3:])[:, :, 1:-1, -1:]
-        return torch.cat([top, torch.cat([left, inner, right], dim=3), bottom], dim=2)
+def convolve_twice(
+    maps: torch.Tensor,
+    first: torch.Tensor,
+    first_bias: torch.Tensor,
+    second: torch.Tensor,
+    second_bias: torch.Tensor,
+) -> torch.Tensor:
+    """
+    Two 3×3 convolutions with zero padding in a row, computed as one 5×5 convolution.
+
+    The 5×5 kernel takes hidden pixels just outside the map into account, which the padding of the second convolution
+    replaces by zeros. What these hidden pixels add to the outermost rows and columns is subtracted.
+
+    Args:
+        maps: (B, C, H, W).
+        first, first_bias: (hidden, C, 3, 3), (hidden,).
+        second, second_bias: (out, hidden, 3, 3), (out,).
+
+    Returns:
+        (B, out, H, W)
+    """
+    dtype, wide = maps.dtype, torch.promote_types(first.dtype, torch.float32)
+    both = F.conv_transpose2d(second.to(wide), first.to(wide))  # (out, C, 5, 5), correlation of the two kernels
+    both_bias = second_bias.to(wide) + second.to(wide).sum(dim=(2, 3)) @ first_bias.to(wide)
+    first, first_bias, second = first.to(dtype), first_bias.to(dtype), second.to(dtype)
+    output = F.conv2d(maps, both.to(dtype), both_bias.to(dtype), padding=2)
+
+    def from_outside(edge: torch.Tensor, axis: int, tap: int) -> torch.Tensor:
+        """What the hidden pixels outside an edge add to it, by the second kernel's outer row or column `tap`."""
+        # The hidden pixels outside the rows include the corners, those outside the columns do not.
+        paddings = ((0, 2), (0, 0)) if axis == 2 else ((1, 0), (1, 0))
+        hidden = F.conv2d(edge, first.narrow(axis, 2 - tap, 1), first_bias, padding=paddings[0])
+        return F.conv2d(hidden, second.narrow(axis, tap, 1), padding=paddings[1])
+
+    for axis in (2, 3):  # rows, columns
+        inner = maps.shape[axis] - 2
+        (start, _, end), (start_output, output, end_output) = (x.split([1, inner, 1], axis) for x in (maps, output))
+        edges = start_output - from_outside(start, axis, 0), end_output - from_outside(end, axis, 2)
+        output = torch.cat([edges[0], output, edges[1]], dim=axis)
+    return output
 
 
 class NeckBlock(GradientCheckpointingLayer):
@@ -153,13 +183,16 @@ def image_to_patches(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor
     """
     Cut the image into patches of `size` (h, w), stacked as channels: (B, 3, H, W) → (B, 3·(H/h)·(W/w), h, w).
 
-    The order of the channels is (channel, patch row, patch column). The result has channels-last memory.
+    The order of the channels is (channel, patch row, patch column). The result has channels-last memory, unless it has
+    more channels than pixels on a CPU.
     """
     batch, channels, height, width = image.shape
     h, w = size
     cut = image.view(batch, channels, height // h, h, width // w, w)
-    patches = cut.permute(0, 3, 5, 1, 2, 4).reshape(batch, h, w, channels * (height // h) * (width // w))
-    return patches.permute(0, 3, 1, 2)
+    stacked = channels * (height // h) * (width // w)
+    if convolves_faster_channels_first(image, stacked, h * w):
+        return cut.permute(0, 1, 2, 4, 3, 5).reshape(batch, stacked, h, w)
+    return cut.permute(0, 3, 5, 1, 2, 4).reshape(batch, h, w, stacked).permute(0, 3, 1, 2)
 
 
 class BiRefNetDecoder(nn.Module):

@@ -295,6 +295,15 @@ def fastest_layout(maps: torch.Tensor) -> torch.Tensor:
     return maps.contiguous(memory_format=torch.channels_last) if maps.device.type == "cpu" else maps
 
 
+def convolves_faster_channels_first(like: torch.Tensor, channels: int, pixels: int) -> bool:
+    """
+    Whether maps of `channels` channels and `pixels` pixels, of the device of `like`, should be channels-first.
+
+    On a CPU, convolving 3072 channels of 14² pixels takes half of the time that it takes in channels-last memory.
+    """
+    return like.device.type == "cpu" and not torch.compiler.is_compiling() and channels > pixels
+
+
 # oneDNN's names and arguments of the activations that it computes while it writes a convolution's output.
 FUSED_ACTIVATIONS = {
     nn.Identity: ("none", []),

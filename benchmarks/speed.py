@@ -29,6 +29,7 @@ from birefnet.inference.quantization import obstacle
 from birefnet.repository.hardware_birefnet import compute_plan
 
 
+PAUSE = 0.1  # seconds
 COLUMNS = (
     ("subject", "{subject}"),
     ("dtype", "{dtype}"),
@@ -228,12 +229,18 @@ def run_once(run, *inputs) -> torch.Tensor:
 
 
 def run_in_turns(runs: list, products: dict[str, MatrixProduct], pixel_values, repeats: int) -> dict[str, float]:
-    """Fill the rows' `times`, in alternating order. Returns the rates of the matrix products in FLOP/s."""
+    """
+    Fill the rows' `times`, in alternating order. Returns the rates of the matrix products in FLOP/s.
+
+    Each run starts after a pause. The threads of PyTorch and of ONNX Runtime wait actively for a while after a run,
+    and would take the cores from the next subject.
+    """
     product_times = {dtype: [] for dtype in products}
     for product in products.values():
         run_once(product)
     for turn in range(repeats):
         for run, row in runs[:: 1 if turn % 2 == 0 else -1]:
+            time.sleep(PAUSE)
             start = time.perf_counter()
             run_once(run, pixel_values)
             row["times"].append(time.perf_counter() - start)

@@ -175,6 +175,16 @@ def test_convolutions_are_separate_passes_where_one_pass_is_impossible(monkeypat
         assert not hardware.can_fuse(maps, relu)
 
 
+@pytest.mark.parametrize(
+    ("channels", "pixels", "is_graph", "expected"),
+    [(3072, 196, False, True), (768, 784, False, False), (3072, 196, True, False)],
+)
+def test_maps_of_more_channels_than_pixels_are_channels_first(monkeypatch, channels, pixels, is_graph, expected):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: is_graph)
+    assert hardware.convolves_faster_channels_first(torch.empty(0), channels, pixels) == expected
+    assert not hardware.convolves_faster_channels_first(torch.empty(0, device="meta"), channels, pixels)
+
+
 # float32
 
 

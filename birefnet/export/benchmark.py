@@ -44,7 +44,7 @@ def measure(source, folder, photo=None, rounds: int = ROUNDS) -> list[Timing]:
     """
     from transformers import AutoImageProcessor
 
-    from birefnet.hub.publish import draw_picture
+    from birefnet.photos.drawing import draw_picture
 
     model, _ = load_network(source)
     processor = AutoImageProcessor.from_pretrained(str(folder))

@@ -11,8 +11,8 @@ from PIL import Image
 from birefnet.command_line import main
 from birefnet.errors import CommandError, UsageError
 from birefnet.export import BiRefNetOnnxModel, BiRefNetOpenVINOModel, export_model, folders, verification
-from birefnet.hub.publish import draw_picture
 from birefnet.inference import load_model, load_remover
+from birefnet.photos.drawing import draw_picture
 from birefnet.repository.pipeline_birefnet import BiRefNetPipeline
 
 

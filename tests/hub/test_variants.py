@@ -20,9 +20,9 @@ from birefnet.hub.checkpoints import build_config
 from birefnet.hub.download import fetch_checkpoint
 from birefnet.hub.folders import official_config, write_weights
 from birefnet.hub.load import load_variant
-from birefnet.hub.publish import draw_picture
 from birefnet.hub.variants import KINDS, VARIANTS, choose_variant, get_variant, variants_table
 from birefnet.hub.verification import compute_matte
+from birefnet.photos.drawing import draw_picture
 from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
 
 from ..conftest import TINY_CONFIG

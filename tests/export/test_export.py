@@ -125,10 +125,10 @@ def test_size_that_is_no_multiple_of_32(tmp_path, capsys):
     assert "multiples of 32" in capsys.readouterr().err
 
 
-def test_a_file_that_disagrees_is_not_kept(tiny_swin, tmp_path, monkeypatch):
+def test_a_file_that_disagrees_is_not_kept(tiny_model_folder, tmp_path, monkeypatch):
     monkeypatch.setitem(verification.TOLERANCES, "float32", 1e-12)
     with pytest.raises(CommandError, match=r"model.onnx disagrees with PyTorch.*not kept"):
-        write(tiny_swin, tmp_path)
+        export_model(tiny_model_folder, tmp_path)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
@@ -139,11 +139,11 @@ def test_nan_disagrees():
     assert not agreement.measure("float32") <= 1
 
 
-def test_a_full_disk_is_named(tiny_swin, tmp_path, monkeypatch):
+def test_a_full_disk_is_named(tiny_model_folder, tmp_path, monkeypatch):
     usage = folders.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(CommandError, match="GB free; exporting needs about"):
-        write(tiny_swin, tmp_path)
+        export_model(tiny_model_folder, tmp_path)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 

@@ -7,9 +7,10 @@ published code itself is not changed. It needs a checkout from GitHub and that c
 """
 
 import argparse
+from pathlib import Path
 
 import torch
-from subjects import drawn_weights, import_published_network
+from subjects import BACKBONES, drawn_weights, import_published_network
 
 from birefnet.export.programs import OPSET
 from birefnet.repository.configuration_birefnet import BiRefNetConfig
@@ -34,10 +35,6 @@ def main():
     parser.add_argument("graph", help="where to write the ONNX graph")
     parser.add_argument("--size", type=int, default=1024)
     arguments = parser.parse_args()
-    from pathlib import Path
-
-    from subjects import BACKBONES
-
     config = BiRefNetConfig(backbone=BACKBONES[arguments.model])
     network = import_published_network(Path(arguments.checkout).resolve(), config.backbone)(bb_pretrained=False)
     weights = {**network.state_dict(), **drawn_weights(config)}

@@ -134,12 +134,12 @@ def _multiples_of_32(model, dynamic_size: bool):
     """
     import torch.nn.functional as F
 
-    def cut(module, arguments, options):
+    def in_steps(module, arguments, options):
         height, width = options["pixel_values"].shape[-2:]
         padding = (0, width // 32 * 32 - width, 0, height // 32 * 32 - height)  # none, but the new sizes say so
         return arguments, {**options, "pixel_values": F.pad(options["pixel_values"], padding)}
 
-    hook = model.register_forward_pre_hook(cut, with_kwargs=True) if dynamic_size else None
+    hook = model.register_forward_pre_hook(in_steps, with_kwargs=True) if dynamic_size else None
     try:
         yield
     finally:

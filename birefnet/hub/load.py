@@ -16,9 +16,9 @@ def load_variant(name, device="cpu", dtype=None, folder=None, cache_dir=None, to
     Args:
         name (`str`): A name, alias or repository of the table, such as `"portrait"`.
         device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Where the model is put.
-        dtype (`torch.dtype` or `"auto"`, *optional*): Dtype of the weights. `"auto"` keeps the file's. By default the
-            best for the device, see `compute_plan` in `hardware_birefnet.py`.
-        folder (`str` or `Path`, *optional*): A folder that already has the official file. Nothing is downloaded then.
+        dtype (`torch.dtype` or `"auto"`, *optional*): Dtype of the weights. `"auto"` keeps the file's dtype. Default: the
+            best dtype for the device, see `compute_plan` in `hardware_birefnet.py`.
+        folder (`str` or `Path`, *optional*): A folder that contains the official file. Prevents the download.
         cache_dir, token (*optional*): As in `huggingface_hub.hf_hub_download`. `HF_ENDPOINT`, `HF_HUB_OFFLINE`,
             `HF_HOME` and `HF_TOKEN` also apply.
 
@@ -77,7 +77,7 @@ def _weights_in(folder):
 
 
 def _own_settings(checkpoint, name):
-    """Returns the content of a JSON file beside a checkpoint if this project wrote it, else `None`."""
+    """Reads a JSON file beside a checkpoint. Returns `None` if the file is missing or another project wrote it."""
     path = Path(checkpoint).with_name(name)
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     own = settings.get("model_type") == "birefnet" and "backbone" in settings

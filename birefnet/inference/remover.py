@@ -24,11 +24,12 @@ def load_remover(
         model: A folder, a Hub repository or a weights file. Default: the embedded weights.
         variant: Name of a published checkpoint, instead of `model`.
         device: A device, or `"auto"`: the machine's accelerator if there is one, else the CPU.
-        dtype: `"float32"`, `"float16"`, `"bfloat16"`, `"int8"` (CPUs only) or `"auto"`, the exact one for the device.
+        dtype: `"float32"`, `"float16"`, `"bfloat16"`, `"int8"` (CPUs only) or `"auto"`: the dtype that `compute_plan`
+            chooses for the device.
         resolution: Input size of the network: (height, width) in pixels, or `"dynamic"`. Default: the processor's.
-        batch_size: photos per network call. int8 takes photos one by one.
-        runtime: `"pytorch"`, or `"onnx"` or `"openvino"` for a folder that `birefnet export` wrote. `dtype` then
-            chooses one of its files.
+        batch_size: Photos per network call. int8 allows only 1.
+        runtime: `"pytorch"`, `"onnx"` or `"openvino"`. The last two need a folder that `birefnet export` wrote, as
+            `model`. `dtype` then selects the file in that folder.
 
     Returns:
         `BiRefNetPipeline`
@@ -85,7 +86,7 @@ def _load_exported_remover(runtime: str, folder: str | None, device, dtype: str,
         fits = own is None or own == given or (option == "--resolution" and None in own)
         if not fits:
             raise UsageError(
-                f"{option}: the file in {folder} takes {own} only, not {given}; export it anew for others"
+                f"{option}: the file in {folder} only accepts {own}, not {given}; export it again for other values"
             )
     return BiRefNetPipeline(model=network, image_processor=processor, device=device, task="background-removal")
 
@@ -108,7 +109,7 @@ def find_device(name: str):
 
 
 def _weights_dtype(dtype: str, device, batch_size: int) -> str:
-    """The dtype to load the weights in. An int8 model keeps the faster floating-point dtype between its products."""
+    """The dtype of the loaded weights. For int8: the faster floating-point dtype, used outside the matrix products."""
     import torch
 
     from birefnet.repository.hardware_birefnet import compute_plan
@@ -122,7 +123,7 @@ def _weights_dtype(dtype: str, device, batch_size: int) -> str:
     if reason := obstacle(device):
         raise UsageError(f"--dtype int8: {reason}")
     if batch_size > 1:
-        raise UsageError("--dtype int8 takes photos one by one, as the others of a batch would change their mattes")
+        raise UsageError("--dtype int8 needs --batch-size 1: in a batch, each photo would change the mattes of the others")
     return str(compute_plan(device, torch.bfloat16).arithmetic).removeprefix("torch.")
 
 

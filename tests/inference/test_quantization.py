@@ -314,7 +314,7 @@ def test_evaluation_in_int8(any_size, tiny_model_folder, data):
     [
         ("meta", 1, True, "--dtype int8: int8 is for CPUs; on meta use float16 or bfloat16"),
         ("cpu", 1, False, "--dtype int8: int8 needs AVX-512 VNNI"),
-        ("cpu", 2, True, "--dtype int8 takes photos one by one"),
+        ("cpu", 2, True, "--dtype int8 needs --batch-size 1"),
     ],
 )
 def test_wrong_arguments_have_clear_errors(monkeypatch, capsys, data, device, batch_size, supported, message):

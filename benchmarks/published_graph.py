@@ -44,7 +44,7 @@ def main():
     names = {"input_names": ["pixel_values"], "output_names": ["logits"]}
     with torch.inference_mode():
         program = torch.onnx.export(
-            LastLogits(network.eval()), (pixel_values,), dynamo=True, opset_version=OPSET, **names
+            LastLogits(network).eval(), (pixel_values,), dynamo=True, opset_version=OPSET, **names
         )
     program.save(arguments.graph)
 

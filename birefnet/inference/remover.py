@@ -69,7 +69,6 @@ def load_remover(
 def _load_exported_remover(runtime: str, folder: str | None, device, dtype: str, resolution, batch_size: int):
     from transformers import AutoImageProcessor
 
-    import birefnet.repository  # noqa: F401  registers the processor with the Auto classes
     from birefnet.inference.runtimes import RUNTIMES
     from birefnet.repository.pipeline_birefnet import BiRefNetPipeline
 

@@ -1,6 +1,6 @@
 """Fine-tunes one trained model with each option that saves memory or time, and with two processes.
 
-    python benchmarks/fine_tuning_options.py start sets/people --resolution 96 --output runs
+    python benchmarks/fine_tuning_options.py start sets/discs --resolution 96 --epochs 6 --output runs
 
 `start` is a trained model's folder, and the set is a folder with `train/` and `test/`, as for fine_tuning.py. Each way
 is one `birefnet train --model start --data SET/train …` with default settings otherwise. The table is printed as
@@ -42,6 +42,7 @@ def main():
     parser.add_argument("set", type=Path)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--resolution", type=int, required=True)
+    parser.add_argument("--epochs", type=int, required=True)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("runs"))
     arguments = parser.parse_args()
@@ -65,7 +66,8 @@ def run(way: str, arguments: argparse.Namespace) -> dict:
     output = arguments.output / way.replace(" ", "_")
     command = [sys.executable, *(TWO_PROCESSES if way == "two processes" else []), "-m", "birefnet", "train", "--cpu"]
     command += ["--model", arguments.model, "--data", arguments.set / "train", "--output", output]
-    command += ["--resolution", arguments.resolution, "--seed", arguments.seed, *WAYS[way]]
+    command += ["--resolution", arguments.resolution, "--epochs", arguments.epochs]
+    command += ["--seed", arguments.seed, *WAYS[way]]
     start = time.time()
     subprocess.run(list(map(str, command)), check=True)
     seconds = round(time.time() - start)

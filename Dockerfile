@@ -17,7 +17,10 @@ ARG VARIANTS=""
 RUN useradd --create-home --uid 1000 birefnet
 WORKDIR /app
 COPY . .
-RUN if [ -n "$TORCH_INDEX" ]; then pip install --no-cache-dir --index-url "$TORCH_INDEX" torch; fi \
+# timm needs torchvision, which must be built for the same torch.
+RUN if [ -n "$TORCH_INDEX" ]; then \
+        pip install --no-cache-dir --index-url "$TORCH_INDEX" $(grep -E '^torch(vision)?==' constraints.txt); \
+    fi \
     && pip install --no-cache-dir --constraint constraints.txt ".[serve]"
 
 USER birefnet

@@ -250,7 +250,8 @@ def partition_windows(shape: tuple[int, int, int], size: int, shift: int, like: 
         regions = [(vertical, horizontal) for vertical in inside_and_last for horizontal in inside_and_last]
     groups = [windows[:, vertical, horizontal].reshape(-1, size * size) for vertical, horizontal in regions]
     order = torch.cat(groups).flatten()
-    from_windows = torch.empty_like(order).scatter_(0, order, padded).view(batch, padded_height, padded_width)
+    # A copy as the target, since OpenVINO takes new tensors for float32, which cannot be indices.
+    from_windows = order.clone().scatter_(0, order, padded).view(batch, padded_height, padded_width)
 
     image, row, column = (
         order // (padded_height * padded_width),

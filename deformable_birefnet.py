@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .hardware_birefnet import concatenate_tiles, prepack_weight, row_tiles
+from .hardware_birefnet import concatenate_tiles, prepack_weight, row_tiles, runs_triton
 from .layers_birefnet import RELU, convolve_and_normalize, fold_batch_norm
 
 
@@ -49,6 +49,11 @@ def deformable_convolution(
     _check_shapes(hidden_states, offsets, modulator, weight)
     if torch.compiler.is_exporting() and epilogue is None:
         return convolve_sampled_grid(hidden_states, offsets, modulator, weight, bias)
+    if runs_triton(hidden_states):
+        from .deformable_triton_birefnet import convolve_in_triton
+
+        whole = convolve_in_triton(hidden_states, offsets, modulator, weight, bias)
+        return whole if epilogue is None else epilogue(whole.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     out_channels, kernel_size = weight.shape[0], weight.shape[-1]
     taps = kernel_size**2
     pixels = F.pad(hidden_states.permute(0, 2, 3, 1), (0, 0, 2, 2, 2, 2)).view(-1, channels)  # two zeros on each side

@@ -381,3 +381,21 @@ def loses_digits_in_long_sums(maps: torch.Tensor) -> bool:
 def split_channels(maps: torch.Tensor) -> Sequence[torch.Tensor]:
     """Cut (B, C, H, W) into maps of `CHANNELS_PER_SUM` channels if it has at least twice as many."""
     return maps.split(CHANNELS_PER_SUM, dim=1) if maps.shape[1] >= 2 * CHANNELS_PER_SUM else [maps]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# GPUs: deformable convolution as one Triton kernel
+# ------------------------------------------------------------------------------------------------------------------
+
+# Types of devices whose deformable convolutions run as one Triton kernel, such as `("cuda",)`. There is none, because
+# the kernel has not been measured on a GPU yet. `benchmarks/gpu/measure.sh` measures with and without it.
+TRITON_DEVICES: tuple[str, ...] = ()
+
+
+def runs_triton(maps: torch.Tensor) -> bool:
+    """Whether a deformable convolution of `maps` runs as a Triton kernel, which has no gradient."""
+    return (
+        maps.device.type in TRITON_DEVICES
+        and maps.dtype in (torch.float16, torch.bfloat16)
+        and not torch.is_grad_enabled()
+    )

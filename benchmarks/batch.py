@@ -333,9 +333,7 @@ def simulate(arguments: argparse.Namespace) -> dict:
         Image.new("RGB", (64, 64), "red").save(photo)
         for actors in arguments.actors:
             sink = Path(folder, f"sink{actors}")
-            task = Task(
-                str(sink), "files", "0" * 64, "png", {}, remover={"seconds_per_photo": arguments.seconds_per_photo}
-            )
+            task = Task(str(sink), "files", {}, "png", {}, remover={"seconds_per_photo": arguments.seconds_per_photo})
             blocks = make_blocks(photo, actors * arguments.blocks_per_actor, arguments.block_size)
             cluster = Cluster("local", actors, 1)
             progress, summaries = Progress(0), []

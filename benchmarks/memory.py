@@ -9,6 +9,7 @@ import torch
 from subjects import Subject
 
 
+@torch.inference_mode()
 def peak_on_gpu(run, pixel_values: torch.Tensor) -> int:
     """Peak bytes of PyTorch's allocator."""
     torch.cuda.synchronize()

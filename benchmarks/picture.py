@@ -7,7 +7,8 @@ from matplotlib.figure import Figure
 
 COLOURS = {
     "this project": "#1b7837",
-    "this project, compiled": "#7fbf7b",
+    "this project, CUDA graph": "#5aae61",
+    "this project, torch.compile": "#a6dba0",
     "plain formulation": "#bdbdbd",
     "published code": "#762a83",
 }
@@ -30,7 +31,7 @@ def draw(rows: list[dict], environment: dict, file: Path):
     figure = Figure(figsize=(11, 0.4 * sum(heights) + 0.8), layout="constrained")
     panels = figure.subplots(len(cases), 2, squeeze=False, height_ratios=heights)
     for (left, right), ((model, side, batch), measured) in zip(panels, cases.items(), strict=True):
-        draw_bars(left, measured, "seconds", "{seconds:.2f} s", "faster_than_plain_float32", " ({:.1f}×)")
+        draw_bars(left, measured, "seconds", "{seconds:.3g} s", "faster_than_plain_float32", " ({:.1f}×)")
         left.set_title(f"{model}, {side}², batch {batch}: seconds (× plain float32)", loc="left", fontsize=10)
         draw_bars(right, measured, "memory_gib", "{memory_gib:.2f} GiB", "memory_percent_of_plain", " ({:.0f} %)")
         right.set_title("memory beyond the weights, GiB (% of plain, same dtype)", loc="left", fontsize=10)

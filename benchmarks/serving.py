@@ -31,6 +31,8 @@ from PIL import Image
 
 MEGAPIXELS = (1, 2, 3, 4, 6, 8, 12)
 PORT = 7871
+MOST_CHECKED = 200  # answers of a stage
+SECONDS_BETWEEN_SAMPLES = 5  # of the server's memory
 
 
 def make_photos(source: str, folder: Path, count: int) -> dict[str, bytes]:
@@ -95,16 +97,23 @@ class Load:
         self.statuses[status] = self.statuses.get(status, 0) + 1
         if status == "200":
             self.seconds.append(time.perf_counter() - start)
-            if len(self.kept) < 40:  # checked after the stage, since it takes the processor's time
+            if len(self.kept) < MOST_CHECKED:  # checked after the stage, since it takes the processor's time
                 self.kept.append((name, answer.content))
 
+    async def watch_memory(self) -> None:
+        """Notes the server's resident size every few seconds."""
+        while True:
+            self.memory.append(self.process.memory_info().rss)
+            await asyncio.sleep(SECONDS_BETWEEN_SAMPLES)
+
     async def run(self, rate: float, duration: float) -> dict:
+        watching = asyncio.create_task(self.watch_memory())
         order, tasks, start, busy = random.Random(0), [], time.perf_counter(), time.process_time()
         while (now := time.perf_counter() - start) < duration:
             tasks.append(asyncio.create_task(self.ask(order.choice(list(self.photos)))))
-            self.memory.append(self.process.memory_info().rss)
             await asyncio.sleep(max(0, len(tasks) / rate - now))
         await asyncio.gather(*tasks)
+        watching.cancel()
         took, busy = time.perf_counter() - start, time.process_time() - busy
         wrong = sum(not is_of(answer, self.photos[name]) for name, answer in self.kept)
         latencies = np.percentile(self.seconds or [float("nan")], [50, 95])
@@ -117,9 +126,7 @@ class Load:
             "wrong": wrong,
             "seconds_median": round(latencies[0], 2),
             "seconds_95": round(latencies[1], 2),
-            "rss_mb_start": round(self.memory[0] / 1e6),
-            "rss_mb_end": round(self.process.memory_info().rss / 1e6),
-            "rss_mb_peak": round(max(self.memory) / 1e6),
+            "rss_mb": [round(size / 1e6) for size in self.memory],
         }
 
 

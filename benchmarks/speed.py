@@ -10,6 +10,7 @@ product runs in turn with them. Its rate is the roofline.
 """
 
 import argparse
+import copy
 import datetime
 import json
 import platform
@@ -22,7 +23,7 @@ import torch
 import transformers
 from memory import peak_on_cpu, peak_on_gpu
 from roofline import MatrixProduct, count_flop
-from subjects import COMPILED, PLAIN, PROJECT, PUBLISHED, Subject, configuration, load_model
+from subjects import CAPTURED, COMPILED, PLAIN, PROJECT, PUBLISHED, Subject, configuration, load_model
 
 from birefnet.inference.quantization import obstacle
 from birefnet.repository.hardware_birefnet import compute_plan
@@ -33,7 +34,7 @@ COLUMNS = (
     ("subject", "{subject}"),
     ("dtype", "{dtype}"),
     ("arithmetic", "{arithmetic}"),
-    ("seconds", "{seconds:.3f}"),
+    ("seconds", "{seconds:.4f}"),
     ("images/s", "{images_per_second:.2f}"),
     ("× plain", "{faster_than_plain:.2f}"),
     ("× plain float32", "{faster_than_plain_float32:.2f}"),
@@ -44,6 +45,9 @@ COLUMNS = (
     ("% of roofline", "{roofline_percent:.0f}"),
     ("matte difference", "{matte_difference:.1e}"),
 )
+
+
+WAYS = {"eager": PROJECT, "graph": CAPTURED, "compiled": COMPILED}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -65,7 +69,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--compile", action="store_true", help="also measure this project under torch.compile")
+    parser.add_argument(
+        "--ways",
+        nargs="+",
+        choices=WAYS,
+        default=["eager"],
+        help="how this project runs: eager (default), graph (`birefnet.compile`) or compiled (torch.compile, on a GPU "
+        "with CUDA graphs)",
+    )
     parser.add_argument("--no-plain", action="store_true", help="do not measure the plain formulation")
     parser.add_argument("--peer", metavar="CHECKOUT", help="folder of the published code, from GitHub")
     parser.add_argument(
@@ -130,22 +141,24 @@ def subjects_of(arguments: argparse.Namespace, model: str) -> list[Subject]:
         if dtype == "int8":  # only this project has int8
             subjects.append(Subject(PROJECT, model, dtype, arguments.device))
             continue
-        kinds = [PROJECT, *([COMPILED] if arguments.compile else []), *([] if arguments.no_plain else [PLAIN])]
+        kinds = [*(WAYS[way] for way in arguments.ways), *([] if arguments.no_plain else [PLAIN])]
         subjects += [Subject(kind, model, dtype, arguments.device) for kind in kinds]
         if arguments.peer:
             subjects.append(Subject(PUBLISHED, model, dtype, arguments.device, arguments.peer))
     return subjects + [Subject("onnx", model, "float32", arguments.device, file) for file in arguments.onnx]
 
 
-def measure_case(arguments: argparse.Namespace, model: str, side: int, batch: int) -> list[dict]:
-    """One row for each subject at one size and batch."""
+def measure_case(
+    arguments: argparse.Namespace, model: str, side: int, batch: int, networks: dict | None = None
+) -> list[dict]:
+    """One row for each subject at one size and batch. `networks` holds the model in each dtype, if it is loaded."""
     device = torch.device(arguments.device)
     pixel_values = draw_images(batch, side).to(device)
     try:
         flop = count_flop(configuration(model), batch, side)
     except ValueError:  # the plain formulation does not have this network, so its row has no roofline
         flop = None
-    networks = {dtype: load_model(model, dtype, arguments.device) for dtype in arguments.dtypes}
+    networks = networks or load_networks(arguments, model)
     runs, rows, mattes = {}, [], {}
     for subject in subjects_of(arguments, model):
         row = {"model": model, "side": side, "batch": batch, "subject": subject.name, "dtype": subject.dtype}
@@ -157,9 +170,12 @@ def measure_case(arguments: argparse.Namespace, model: str, side: int, batch: in
                 row["memory"] = peak_on_cpu(subject, tuple(pixel_values.shape), arguments.threads)
             run = subject.build(networks.get(subject.dtype))
             start = time.perf_counter()
+            is_replayed = device.type == "cuda" and subject.kind in (CAPTURED, COMPILED)
+            if is_replayed:  # its memory is allocated once, in the first calls
+                row["memory"] = max(peak_on_gpu(run, pixel_values) for _ in range(3))
             mattes[subject] = run_once(run, pixel_values).float().sigmoid().cpu()
             row["first_call_seconds"] = time.perf_counter() - start
-            if not arguments.no_memory and device.type == "cuda":
+            if not arguments.no_memory and device.type == "cuda" and not is_replayed:
                 row["memory"] = peak_on_gpu(run, pixel_values)
             runs[subject] = (run, row)
         except Exception as error:  # any error: report it in the table and continue with the other subjects
@@ -171,6 +187,20 @@ def measure_case(arguments: argparse.Namespace, model: str, side: int, batch: in
     for row in rows:
         derive(row, rows, rates)
     return rows
+
+
+def load_networks(arguments: argparse.Namespace, model: str) -> dict:
+    """The model in each dtype. Its weights are read or drawn once."""
+    exact = load_model(model, "float32", arguments.device)
+    networks = {"float32": exact}
+    for dtype in set(arguments.dtypes) - {"float32"}:
+        is_int8 = dtype == "int8"
+        networks[dtype] = load_model(model, dtype, arguments.device) if is_int8 else as_dtype(exact, dtype)
+    return networks
+
+
+def as_dtype(model, dtype: str):
+    return copy.deepcopy(model).to(getattr(torch, dtype))
 
 
 def arithmetic_of(subject: Subject, device: torch.device) -> str:
@@ -287,9 +317,10 @@ def main():
     print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
     rows = []
     for model in arguments.models:
+        networks = load_networks(arguments, model)
         for side in arguments.sizes:
             for batch in arguments.batches:
-                case = measure_case(arguments, model, side, batch)
+                case = measure_case(arguments, model, side, batch, networks)
                 rows += case
                 arithmetic = f": {case[0]['flop'] / 1e9:.0f} GFLOP" if case[0]["flop"] else ""
                 print(f"\n{model}, {side}², batch {batch}{arithmetic}\n{table(case)}", flush=True)

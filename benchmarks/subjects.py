@@ -1,5 +1,6 @@
 """Subjects of the benchmark. Each maps normalised images (B, 3, H, W) to logits (B, 1, H, W)."""
 
+import copy
 import importlib
 import os
 import sys
@@ -11,6 +12,7 @@ import torch
 import transformers
 from plain_formulation import plain_logits
 
+import birefnet
 from birefnet.inference.quantization import quantize
 from birefnet.repository.configuration_birefnet import BiRefNetConfig
 from birefnet.repository.hardware_birefnet import compute_plan
@@ -19,7 +21,7 @@ from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
 
 BACKBONES = {"lite": "swin_v1_t", "general": "swin_v1_l"}
 PLAIN, PUBLISHED = "plain formulation", "published code"
-PROJECT, COMPILED = "this project", "this project, compiled"
+PROJECT, CAPTURED, COMPILED = "this project", "this project, CUDA graph", "this project, torch.compile"
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,12 @@ class Subject:
             return lambda pixel_values: plain_logits(model, pixel_values)
         if self.kind == PROJECT:
             return lambda pixel_values: model(pixel_values).logits
+        if self.kind == CAPTURED:
+            if not self.device.startswith("cuda"):
+                raise ValueError("CUDA graphs need a CUDA GPU")
+            # A copy of the module only, not of its weights: other subjects use the model too.
+            captured = birefnet.compile(copy.copy(model))
+            return lambda pixel_values: captured(pixel_values).logits
         compiled = torch.compile(model, mode="reduce-overhead" if self.device.startswith("cuda") else "default")
         return lambda pixel_values: compiled(pixel_values).logits
 

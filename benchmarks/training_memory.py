@@ -30,7 +30,7 @@ SETTINGS = (
 )
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="swin_v1_l")
     parser.add_argument("--resolution", type=int, default=1024)
@@ -40,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--lora-rank", type=int)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--one", action="store_true", help="measure this setting only, not the table")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def peak_bytes(device: torch.device) -> int:

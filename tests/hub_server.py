@@ -170,19 +170,19 @@ class _Handler(BaseHTTPRequestHandler):
         ("POST", r"/api/repos/create", "create"),
         ("POST", r"/api/validate-yaml", "validate_yaml"),
         ("GET", r"/api/whoami-v2", "whoami"),
-        ("POST", r"/api/(?:models|spaces)/([^/]+/[^/]+)/preupload/([^/]+)", "preupload"),
-        ("POST", r"/api/(?:models|spaces)/([^/]+/[^/]+)/commit/([^/]+)", "commit"),
-        ("POST", r"/api/(?:models|spaces)/([^/]+/[^/]+)/tag/([^/]+)", "tag"),
-        ("GET", r"/api/(?:models|spaces)/([^/]+/[^/]+)/refs", "refs"),
-        ("GET", r"/api/(?:models|spaces)/([^/]+/[^/]+)/commits/([^/]+)", "list_commits"),
-        ("GET", r"/api/(?:models|spaces)/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", "tree"),
-        ("GET", r"/api/(?:models|spaces)/([^/]+/[^/]+)/revision/([^/]+)", "info"),
-        ("GET", r"/api/(?:models|spaces)/([^/]+/[^/]+)", "info"),
-        ("POST", r"/(?:spaces/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch"),
+        ("POST", r"/api/(?:models|datasets|spaces)/([^/]+/[^/]+)/preupload/([^/]+)", "preupload"),
+        ("POST", r"/api/(?:models|datasets|spaces)/([^/]+/[^/]+)/commit/([^/]+)", "commit"),
+        ("POST", r"/api/(?:models|datasets|spaces)/([^/]+/[^/]+)/tag/([^/]+)", "tag"),
+        ("GET", r"/api/(?:models|datasets|spaces)/([^/]+/[^/]+)/refs", "refs"),
+        ("GET", r"/api/(?:models|datasets|spaces)/([^/]+/[^/]+)/commits/([^/]+)", "list_commits"),
+        ("GET", r"/api/(?:models|datasets|spaces)/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", "tree"),
+        ("GET", r"/api/(?:models|datasets|spaces)/([^/]+/[^/]+)/revision/([^/]+)", "info"),
+        ("GET", r"/api/(?:models|datasets|spaces)/([^/]+/[^/]+)", "info"),
+        ("POST", r"/(?:datasets/|spaces/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch"),
         ("PUT", r"/lfs-upload/([0-9a-f]{64})", "lfs_upload"),
         ("POST", r"/lfs-verify", "lfs_verify"),
         ("HEAD|GET", r"/lfs-files/([0-9a-f]{64})", "lfs_download"),
-        ("HEAD|GET", r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
+        ("HEAD|GET", r"/(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
     )
 
     def log_message(self, *arguments):
@@ -302,14 +302,23 @@ class _Handler(BaseHTTPRequestHandler):
 
     def tree(self, name, revision, folder=None):
         commit = self.find_commit(name, revision)
-        entries = []
+        recursive = "recursive=true" in urlsplit(self.path).query.lower()
+        entries, inside = [], f"{folder}/" if folder else ""
         for path, blob in sorted(commit.files.items()):
-            if folder and not path.startswith(f"{folder}/"):
+            if not path.startswith(inside):
+                continue
+            child, _, below = path.removeprefix(inside).partition("/")
+            if below and not recursive:
+                entry = {"type": "directory", "path": inside + child, "oid": commit.oid, "size": 0}
+                if entry not in entries:
+                    entries.append(entry)
                 continue
             entry = {"type": "file", "path": path, "oid": blob.oid[:40], "size": blob.size}
             if blob.large:
                 entry["lfs"] = {"oid": blob.oid, "size": blob.size, "pointerSize": 134}
             entries.append(entry)
+        if inside and not entries:
+            raise _Refusal(404, "EntryNotFound", f"{folder} does not exist on {revision}")
         self.answer(entries)
 
     def resolve(self, name, revision, path):
@@ -333,18 +342,18 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_file(Blob(path, path.stat().st_size, oid, True), {})
 
     def send_file(self, blob, headers):
-        start = 0
-        if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
-            start = int(match[1])
-            headers = {**headers, "Content-Range": f"bytes {start}-{blob.size - 1}/{blob.size}"}
-        self.send_response(206 if start else 200)
-        facts = {"Content-Length": blob.size - start, "ETag": f'"{blob.oid}"', "Accept-Ranges": "bytes"}
+        start, end, asked = 0, blob.size, re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if asked:
+            start, end = int(asked[1]), min(int(asked[2] or end - 1) + 1, end)
+            headers = {**headers, "Content-Range": f"bytes {start}-{end - 1}/{blob.size}"}
+        self.send_response(206 if asked else 200)
+        facts = {"Content-Length": end - start, "ETag": f'"{blob.oid}"', "Accept-Ranges": "bytes"}
         for name, value in {**facts, **headers}.items():
             self.send_header(name, str(value))
         self.end_headers()
         if self.command == "HEAD":
             return
-        left = blob.size - start
+        left = end - start
         if self.fault is not None and self.fault.cut_after is not None:
             left = min(left, self.fault.cut_after)
             self.close_connection = True

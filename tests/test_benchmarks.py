@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -200,3 +201,17 @@ def test_widths_of_edges_are_those_from_10_to_90_percent(benchmark, deviation):
     radius = ((columns - edges.CENTRE[0]) ** 2 + (rows - edges.CENTRE[1]) ** 2).sqrt()
     disc = 0.1 + 0.8 * torch.special.ndtr((240 - radius) / deviation)
     assert abs(edges.width_of_edge(disc, edges.OUTLINE) - 2.563 * deviation) < 0.3
+
+
+def test_error_kinds_add_up_to_the_mean_absolute_error(benchmark):
+    errors_by_kind = benchmark("error_kinds").errors_by_kind
+    mask, matte = np.zeros((100, 200), np.uint8), np.zeros((100, 200), np.uint8)
+    mask[10:40, 10:40] = mask[60:90, 10:40] = 255  # two objects
+    matte[10:40, 10:30] = 255  # two thirds of the first, nothing of the second
+    matte[40:60, 150:170] = 255  # a piece of background
+    kinds = errors_by_kind(matte, mask)
+    assert sum(kinds.values()) == pytest.approx(np.abs(matte.astype(float) - mask).mean() / 255)
+    assert kinds["background taken"] == pytest.approx(400 / mask.size)
+    # The band around outlines is two pixels wide on either side.
+    assert kinds["object missed"] == pytest.approx(26 * 26 / mask.size)
+    assert kinds["part missed"] == pytest.approx(8 * 26 / mask.size)

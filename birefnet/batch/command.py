@@ -11,6 +11,8 @@ import math
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from PIL import Image
 
@@ -140,7 +142,7 @@ class _Batch:
         self.task = Task(
             sink_url=self.storage.url,
             sink=arguments.layout,
-            settings_key=self.settings.key,
+            settings=self.settings.compared(),
             picture_format=arguments.format,
             options=options,
             batch_size=arguments.batch_size,
@@ -148,33 +150,36 @@ class _Batch:
         )
 
     def run(self) -> int:
+        from birefnet.batch.lease import only_run
+
+        self._check_sink()
+        if self.arguments.plan:
+            self._make_plan()
+            return self._predict()
+        with only_run(self.storage) as self.lease:
+            self._check_sink()  # again: another run may have ended meanwhile
+            self._prepare_sink()
+            self._make_plan()
+            return self._work()
+
+    def _make_plan(self) -> None:
         from birefnet.batch.manifest import Ledger, read_manifests
         from birefnet.batch.planning import Plan
         from birefnet.batch.sources import list_entries
 
         arguments = self.arguments
-        self._check_sink()
-        self.ledger = Ledger(read_manifests(self.storage), self.settings.key)
+        self.ledger = Ledger(read_manifests(self.storage), self.task.settings)
         entries = list_entries(arguments.source, arguments.column, arguments.id_column, excluded=arguments.sink)
         self.plan = Plan(entries, self.ledger, self.task, arguments.block_size)
         if not self.plan.listed:
             raise CommandError(f"{arguments.source}: no photo there")
-        if arguments.plan:
-            return self._predict()
-        done = self.plan.listed - self.plan.photos - len(self.plan.refused)
-        print(
-            f"{self.plan.listed} photos: {done} done by earlier runs, {self.plan.photos} to do in "
-            f"{len(self.plan.blocks)} blocks, {len(self.plan.refused)} refused",
-            file=sys.stderr,
-        )
-        return self._work()
 
     def _check_sink(self) -> None:
         """Refuses a sink with other results, unless they are to be replaced."""
         from birefnet.batch.manifest import FOLDER
 
         name = f"{FOLDER}/settings.json"
-        wanted = self.settings.compared()
+        wanted = self.task.settings
         if self.storage.exists(name):
             found = json.loads(self.storage.read(name))
             differing = [key for key in wanted if found["settings"].get(key) != wanted[key]]
@@ -184,23 +189,20 @@ class _Batch:
                     f"{self.storage.url} holds results with other settings ({changes}): give another sink, or "
                     "--overwrite to replace them"
                 )
-        elif self.storage.names("") and not self.arguments.overwrite:
+        elif set(self.storage.names("")) - {FOLDER} and not self.arguments.overwrite:
             raise UsageError(
                 f"{self.storage.url} holds files that `birefnet batch` has not written: give a new or empty folder, "
                 "or --overwrite to replace files of the same names"
             )
-        if not self.arguments.plan:
+
+    def _prepare_sink(self) -> None:
+        """Removes what a killed run has left, and records the settings."""
+        from birefnet.batch.manifest import FOLDER
+
+        content = {"settings": self.task.settings, "model_name": self.settings.model_name}
+        with _told_of(self.storage):
             self.storage.remove_partial_files()
-            content = {"settings": wanted, "model_name": self.settings.model_name}
-            self._to_sink(name, (json.dumps(content, indent=2) + "\n").encode())
-
-    def _to_sink(self, name: str, content: bytes) -> None:
-        from birefnet.batch.storage import StorageError
-
-        try:
-            self.storage.write(name, content)
-        except (OSError, StorageError) as error:
-            raise CommandError(f"{self.storage.url} cannot be written: {error}") from error
+            self.storage.write(f"{FOLDER}/settings.json", (json.dumps(content, indent=2) + "\n").encode())
 
     def _predict(self) -> int:
         from birefnet.batch.planning import describe, measure
@@ -212,26 +214,32 @@ class _Batch:
         return 0
 
     def _work(self) -> int:
+        """Runs the blocks. Errors and report are also written when the run is stopped, by whatever stops it."""
         from birefnet.batch.report import Progress
         from birefnet.batch.worker import SinkError
 
+        done = self.plan.listed - self.plan.photos - len(self.plan.refused)
+        print(
+            f"{self.plan.listed} photos: {done} done by earlier runs, {self.plan.photos} to do in "
+            f"{len(self.plan.blocks)} blocks, {len(self.plan.refused)} refused",
+            file=sys.stderr,
+        )
         progress = Progress(self.plan.photos, self.arguments.price_per_hour)
         errors = {record["id"]: record for record in self.plan.refused}
-        failure = None
+        stopped = None
         try:
             for summary in self._summaries() if self.plan.blocks else ():
                 progress.add(summary)
                 errors.update((record["id"], record) for record in summary["errors"])
                 progress.show()
+                self.lease.check()
                 limit = self.arguments.max_errors
                 if limit is not None and progress.failed > limit:
-                    failure = f"stopped after {progress.failed} errors (--max-errors {limit})"
-                    break
-        except SinkError as error:
-            failure = str(error)
-        finally:
-            progress.show(end=True)
-        return self._finish(progress, errors, failure)
+                    raise CommandError(f"stopped after {progress.failed} errors (--max-errors {limit})")
+        except (SinkError, CommandError, KeyboardInterrupt) as error:
+            stopped = error
+        progress.show(end=True)
+        return self._finish(progress, errors, stopped)
 
     def _summaries(self):
         from birefnet.batch.runners import Cluster, run_blocks_here, run_blocks_on_ray
@@ -242,32 +250,64 @@ class _Batch:
         cluster = Cluster(arguments.ray, arguments.workers, arguments.cpus_per_worker)
         return run_blocks_on_ray(self.plan.blocks, self.task, self.model, self.model_hash, cluster)
 
-    def _finish(self, progress, errors: dict[str, dict], failure: str | None) -> int:
-        """Removes replaced results, writes errors and report, and says how it went."""
-        from birefnet.batch.manifest import FOLDER, Ledger, read_manifests, tidy
-        from birefnet.batch.report import write_report
-        from birefnet.batch.sinks import SHARDS
-        from birefnet.batch.storage import StorageError
-
-        if failure is not None:
-            raise CommandError(f"{failure}. What is committed stays; the same command does the rest")
-        try:
-            if self.ledger.outdated_blocks:
-                tidy(self.storage, self.ledger.outdated_blocks, SHARDS[self.task.sink].rewrite)
-                self.ledger = Ledger(read_manifests(self.storage), self.settings.key)
-            errors = {**self.ledger.errors, **errors}
-            report = {"listed": self.plan.listed, "refused": len(self.plan.refused), "errors": len(errors)}
-            report = {**report, **progress.as_dict(), "settings": self.settings.compared(), "ended": time.time()}
-            lines = (json.dumps(record, sort_keys=True) + "\n" for _, record in sorted(errors.items()))
-            self.storage.write(f"{FOLDER}/errors.jsonl", "".join(lines).encode())
-            write_report(self.storage, report, progress.course)
-        except (OSError, StorageError) as error:
-            raise CommandError(f"{self.storage.url} cannot be written: {error}") from error
+    def _finish(self, progress, errors: dict[str, dict], stopped: BaseException | None) -> int:
+        """Removes replaced results, writes errors and report, and raises what has stopped the run."""
+        with _told_of(self.storage):
+            errors = self._settle(errors, complete=stopped is None)
+        report = self._report(progress, errors, stopped)
         if self.arguments.json:
             print(json.dumps(report))
-        if errors:
-            print(f"{len(errors)} photos have no result: {self.storage.url}/{FOLDER}/errors.jsonl", file=sys.stderr)
+        try:
+            with _told_of(self.storage):
+                self._write_report(report, errors, progress.course)
+        except CommandError as error:
+            if stopped is None:
+                raise
+            print(f"birefnet batch: no errors.jsonl and no report: {error}", file=sys.stderr)
+        if isinstance(stopped, KeyboardInterrupt):
+            raise stopped
+        if stopped is not None:
+            raise CommandError(f"{stopped}. What is committed stays; the same command does the rest") from stopped
         return 1 if errors else 0
+
+    def _settle(self, errors: dict[str, dict], complete: bool) -> dict[str, dict]:
+        """Removes results that this run has replaced, if it is complete. Returns the errors of all runs, by id."""
+        from birefnet.batch.manifest import Ledger, read_manifests, tidy
+        from birefnet.batch.sinks import SHARDS
+
+        if self.ledger.outdated_blocks:
+            if complete:
+                tidy(self.storage, self.ledger.outdated_blocks, SHARDS[self.task.sink].rewrite)
+            self.ledger = Ledger(read_manifests(self.storage), self.task.settings)
+        return {**self.ledger.errors, **errors}
+
+    def _report(self, progress, errors: dict[str, dict], stopped: BaseException | None) -> dict:
+        reason = None if stopped is None else str(stopped) or "interrupted"
+        report = {"listed": self.plan.listed, "refused": len(self.plan.refused), "errors": len(errors)}
+        report |= {**progress.as_dict(), "stopped": reason, "settings": self.task.settings, "ended": time.time()}
+        return report
+
+    def _write_report(self, report: dict, errors: dict[str, dict], course: list[tuple[float, int]]) -> None:
+        from birefnet.batch.manifest import FOLDER
+        from birefnet.batch.report import write_report
+
+        lines = (json.dumps(record, sort_keys=True) + "\n" for _, record in sorted(errors.items()))
+        name = f"{FOLDER}/errors.jsonl"
+        self.storage.write(name, "".join(lines).encode())
+        if errors:
+            print(f"{len(errors)} photos have no result: {self.storage.url}/{name}", file=sys.stderr)
+        write_report(self.storage, report, course)
+
+
+@contextmanager
+def _told_of(storage) -> Iterator[None]:
+    """Turns errors of a sink into messages."""
+    from birefnet.batch.storage import StorageError
+
+    try:
+        yield
+    except (OSError, StorageError) as error:
+        raise CommandError(f"{storage.url} cannot be written: {error}") from error
 
 
 def _check_arguments(arguments: argparse.Namespace) -> None:

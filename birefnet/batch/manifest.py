@@ -2,9 +2,11 @@
 What a sink holds: results, and one manifest per block. A manifest is written after the block's results are complete.
 
     SINK/_birefnet/settings.json       the settings that all results share
-    SINK/_birefnet/blocks/NAME.jsonl   a header, then one line per photo: source, version, sha256, result or error
+    SINK/_birefnet/blocks/NAME.jsonl   a header with settings, the model's hash and versions; then one line per photo:
+                                       source, version, sha256, result or error
     SINK/_birefnet/errors.jsonl        the photos without a result, with the reason; made from the manifests
     SINK/_birefnet/report.json, .png   of the last run
+    SINK/_birefnet/run                 which run may write to the sink, see `lease`
 """
 
 import hashlib
@@ -55,20 +57,15 @@ class Settings:
         del fields["model_name"]
         return fields
 
-    @property
-    def key(self) -> str:
-        """sha256 of the settings."""
-        return hashlib.sha256(json.dumps(self.compared(), sort_keys=True).encode()).hexdigest()
-
 
 def digest(*texts: str) -> bytes:
     """16 bytes that stand for some texts."""
     return hashlib.blake2b("\0".join(texts).encode("utf-8", "surrogateescape"), digest_size=16).digest()
 
 
-def block_name(entries: list[Entry], settings_key: str) -> str:
+def block_name(entries: list[Entry], settings: dict) -> str:
     """The name of a block: the same photos with the same settings give the same name in every run."""
-    named = hashlib.sha256(settings_key.encode())
+    named = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for entry in entries:
         named.update(digest(entry.id, entry.url, entry.version))
     return named.hexdigest()[:24]
@@ -110,13 +107,13 @@ class Ledger:
         outdated_blocks: names of blocks with a record that a later block replaces.
     """
 
-    def __init__(self, manifests: Iterable[tuple[dict, list[dict]]], settings_key: str):
+    def __init__(self, manifests: Iterable[tuple[dict, list[dict]]], settings: dict):
         self.errors: dict[str, dict] = {}
         self.outdated_blocks: set[str] = set()
         self.names: list[str] = []
         columns = [], [], [], []
         for header, records in manifests:
-            current = header["settings"] == settings_key
+            current = header["settings"] == settings
             keys = [_key(record) if current else RETRY for record in records]
             columns[0].append(np.array([digest(record["id"]) for record in records], "S16"))
             columns[1].append(np.array(keys, "S16"))

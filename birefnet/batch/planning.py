@@ -51,7 +51,7 @@ class Plan:
 
     def _close(self, block: list[Entry]) -> None:
         if block:
-            self.blocks.append(Block.of(block_name(block, self.task.settings_key), block))
+            self.blocks.append(Block.of(block_name(block, self.task.settings), block))
 
     def _sound(self, entries: Iterable[Entry]) -> Iterator[Entry]:
         """The entries without those whose result would be another's, or outside the sink, or their own photo."""

@@ -24,6 +24,7 @@ FIRST_DELAY = 0.5  # seconds; doubles with every attempt, so eight attempts span
 # These errors have the same result however often the operation is repeated.
 PERMANENT_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError, TypeError)
 PERMANENT_CODES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.EINVAL)
+PASSING_STATUSES = (408, 425, 429)  # of the 400s; all others, such as 403, stay as they are
 ATOMIC_UPLOADS = {"s3", "s3a", "gs", "gcs", "abfs", "az", "hf", "memory"}
 
 
@@ -42,14 +43,20 @@ def with_retries(operation: Callable, *arguments, **options):
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return operation(*arguments, **options)
-        except PERMANENT_ERRORS:
-            raise
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in PERMANENT_CODES:
+            if _is_permanent(error):
                 raise
             if attempt == ATTEMPTS:
                 raise StorageError(f"still failing after {ATTEMPTS} attempts: {error}") from error
             time.sleep(FIRST_DELAY * 2 ** (attempt - 1) * random.uniform(0.5, 1))
+
+
+def _is_permanent(error: Exception) -> bool:
+    if isinstance(error, PERMANENT_ERRORS) or (isinstance(error, OSError) and error.errno in PERMANENT_CODES):
+        return True
+    # Clients of web servers have the status in one of these places.
+    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+    return isinstance(status, int) and 400 <= status < 500 and status not in PASSING_STATUSES
 
 
 class Storage:

@@ -42,7 +42,7 @@ class Task:
 
     Attributes:
         sink_url, sink: where results go, and in which of `SINKS`.
-        settings_key: of `Settings`.
+        settings: `Settings.compared`.
         picture_format, options: of the results; `options` are those of `cut_out_photos`.
         batch_size: photos per network call.
         remover: keyword arguments of `load_remover` without the model.
@@ -50,7 +50,7 @@ class Task:
 
     sink_url: str
     sink: str
-    settings_key: str
+    settings: dict
     picture_format: str
     options: dict
     batch_size: int = 1
@@ -117,7 +117,7 @@ class BlockWorker:
                 records.append(result.record)
             with stages.timed("write"):
                 shard.commit()
-                header = {"settings": self.task.settings_key, "versions": versions()}
+                header = {"settings": self.task.settings, "versions": versions()}
                 write_manifest(self.storage, block.name, header, records)
         return records
 

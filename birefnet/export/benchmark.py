@@ -29,7 +29,7 @@ class Timing:
         return f"{self.name:28} {self.seconds:8.3f} s   mattes differ by {self.matte_mean:.1e} on average"
 
 
-def measure(source, folder, photo=None, rounds: int = ROUNDS) -> list[Timing]:
+def measure(source, folder, photo=None, rounds: int = ROUNDS, others: dict | None = None) -> list[Timing]:
     """
     Times one photo, at the size in the folder's `preprocessor_config.json`.
 
@@ -38,18 +38,20 @@ def measure(source, folder, photo=None, rounds: int = ROUNDS) -> list[Timing]:
     Args:
         source, photo: those of `export_model`.
         folder (`str` or `Path`): what it wrote; all files in it are timed.
+        rounds (`int`): number of timed rounds.
+        others (`dict`, *optional*): further networks by name, called as the exported ones.
 
     Returns:
         `list[Timing]`: the fastest first.
     """
     from transformers import AutoImageProcessor
 
-    from birefnet.hub.publish import draw_picture
+    from birefnet.photos.drawing import draw_picture
 
     model, _ = load_network(source)
     processor = AutoImageProcessor.from_pretrained(str(folder))
     pixel_values = processor(photo or draw_picture(), return_tensors="pt")["pixel_values"]
-    ways = {**_pytorch_ways(source, model), **_exported_ways(folder, model.config)}
+    ways = {**_pytorch_ways(source, model), **_exported_ways(folder, model.config), **(others or {})}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     mattes = {}
     for _ in range(rounds + 1):

@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from birefnet.errors import CommandError, UsageError
+from birefnet.errors import UsageError
 from birefnet.inference.arguments import resolution
 
 
@@ -96,8 +96,6 @@ def _benchmark(arguments: argparse.Namespace, photo) -> None:
     from birefnet.export.benchmark import measure, recommend
 
     timings = measure(arguments.model, arguments.out, photo)
-    if not timings:
-        raise CommandError(f"{arguments.out} has no files to time.")
     for timing in timings:
         print(json.dumps(asdict(timing)) if arguments.json else timing.describe(), flush=True)
     if not arguments.json:

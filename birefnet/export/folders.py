@@ -71,8 +71,8 @@ def write_programs(model, processor, out, targets, file_format, size, dynamic_ba
     """As [`export_model`], for a loaded network; `targets` are the files by dtype."""
     from birefnet.export.programs import PROGRAMS
     from birefnet.export.verification import compare, expected_logits, input_shapes
-    from birefnet.hub.publish import draw_picture
     from birefnet.inference.runtimes import RUNTIMES
+    from birefnet.photos.drawing import draw_picture
 
     is_dynamic = size == "dynamic"
     if is_dynamic and model.config.backbone.startswith("swin_v1"):
@@ -131,8 +131,11 @@ def check_size(size) -> None:
 
 def load_network(source):
     """The network and processor that a source names; see [`export_model`]."""
+    from transformers.utils.logging import disable_progress_bar
+
     from birefnet.inference import load_model
 
+    disable_progress_bar()
     source = repository_folder() if str(source) == EMBEDDED else source
     try:
         return load_model(str(source))
@@ -165,12 +168,13 @@ def write_settings(folder: Path, config, processor, size: tuple[int, int]) -> No
 
     A folder that holds a complete repository keeps its `config.json`, and its processor's code stays in use.
     """
-    if not (folder / "image_processing_birefnet.py").is_file():
-        settings = config.to_dict()
-        for name in ("auto_map", "custom_pipelines"):  # lead to code that this folder does not have
-            settings.pop(name, None)
-        _write_json(folder / "config.json", settings)
     settings = json.loads(processor.to_json_string())
+    if not (folder / "image_processing_birefnet.py").is_file():
+        fields = config.to_dict()
+        for name in ("auto_map", "custom_pipelines"):  # lead to code that this folder does not have
+            fields.pop(name, None)
+        _write_json(folder / "config.json", fields)
+        settings["do_dynamic_resize"] = False  # its network has one size
     settings["size"] = {"height": size[0], "width": size[1]}
     _write_json(folder / "preprocessor_config.json", processor_settings(settings))
 

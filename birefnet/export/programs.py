@@ -4,6 +4,7 @@ import contextlib
 import logging
 import warnings
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from birefnet.inference.runtimes import import_extra
@@ -34,7 +35,7 @@ def trace_onnx(model, pixel_values, dynamic_size: bool, dynamic_batch: bool):
     import_extra("onnx", "onnxscript", "onnxruntime")
     exporters = import_extra("transformers.exporters.exporter_onnx")
     config = exporters.OnnxConfig(opset_version=OPSET, **_dynamic_options(dynamic_size, dynamic_batch))
-    with _quiet(), _onnx_operators(model):
+    with _quiet(), _whole_number_padding(model), _multiples_of_32(model, dynamic_size), _onnx_operators(model):
         return exporters.OnnxExporter().export(model, {"pixel_values": pixel_values}, config).program
 
 
@@ -43,7 +44,7 @@ def trace_openvino(model, pixel_values, dynamic_size: bool, dynamic_batch: bool)
     import_extra("openvino")
     exporters = import_extra("transformers.exporters.exporter_openvino")
     config = exporters.OpenVINOConfig(**_dynamic_options(dynamic_size, dynamic_batch))
-    with _quiet(), _plain_attention(model):
+    with _quiet(), _whole_number_padding(model), _multiples_of_32(model, dynamic_size), _plain_attention(model):
         return exporters.OpenVINOExporter().export(model, {"pixel_values": pixel_values}, config).program
 
 
@@ -51,7 +52,7 @@ def trace_torch(model, pixel_values, dynamic_size: bool, dynamic_batch: bool):
     """As [`trace_onnx`], as a `torch.export.ExportedProgram`."""
     exporters = import_extra("transformers.exporters.exporter_dynamo")
     config = exporters.DynamoConfig(**_dynamic_options(dynamic_size, dynamic_batch))
-    with _quiet():
+    with _quiet(), _whole_number_padding(model), _multiples_of_32(model, dynamic_size):
         return exporters.DynamoExporter().export(model, {"pixel_values": pixel_values}, config).program
 
 
@@ -73,7 +74,8 @@ def _dynamic_options(dynamic_size: bool, dynamic_batch: bool) -> dict:
 @contextmanager
 def _quiet():
     """Silences the exporters' progress reports; errors and our own messages still appear."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "transformers")]
+    names = ("", "torch.onnx", "torch.export", "onnxscript", "transformers")  # "" is the one that ONNX Runtime uses
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
@@ -95,6 +97,54 @@ def _plain_attention(model):
         yield
     finally:
         model.set_attn_implementation(implementation)
+
+
+@contextmanager
+def _whole_number_padding(model):
+    """
+    TensorFlow's padding in whole numbers. timm divides sizes to fractions and rounds them up, and `torch.export` takes
+    many minutes to simplify such sizes if they are dynamic.
+    """
+    layers = [module for module in model.modules() if type(module).__name__ == "Conv2dSame"]
+    for layer in layers:
+        layer.forward = partial(_convolve_to_same_size, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _convolve_to_same_size(layer, hidden_states):
+    import torch.nn.functional as F
+
+    from birefnet.repository.backbone_birefnet import same_padding
+
+    vertical, horizontal = (same_padding(hidden_states.shape[2 + axis], layer, axis) for axis in (0, 1))
+    hidden_states = F.pad(hidden_states, (*horizontal, *vertical))
+    return F.conv2d(hidden_states, layer.weight, layer.bias, layer.stride, 0, layer.dilation, layer.groups)
+
+
+@contextmanager
+def _multiples_of_32(model, dynamic_size: bool):
+    """
+    Sizes as 32 times a whole number, if they are dynamic.
+
+    `torch.export` then knows that they can be halved five times. Otherwise it takes many minutes to simplify them.
+    """
+    import torch.nn.functional as F
+
+    def in_steps(module, arguments, options):
+        height, width = options["pixel_values"].shape[-2:]
+        padding = (0, width // 32 * 32 - width, 0, height // 32 * 32 - height)  # none, but the new sizes say so
+        return arguments, {**options, "pixel_values": F.pad(options["pixel_values"], padding)}
+
+    hook = model.register_forward_pre_hook(in_steps, with_kwargs=True) if dynamic_size else None
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.remove()
 
 
 @contextmanager

@@ -25,6 +25,7 @@ def upgrade_old_layout(state_dict):
       two new branches are set to zero.
     - The old first decoder stage gets no image patches. The weights after the new patches are set to zero.
     - The old first decoder stage has no gradient gate. The new gate is set to 1.
+    - The image patches have another order, see [`reorder_patches`].
 
     Args:
         state_dict (`dict[str, torch.Tensor]`): A cleaned state dict for which [`is_old_layout`] is true.
@@ -34,6 +35,7 @@ def upgrade_old_layout(state_dict):
     """
     import torch
 
+    state_dict = reorder_patches(state_dict, rows_first=True)
     upgraded = dict(state_dict)
     like = state_dict["decoder.decoder_block4.conv_in.weight"]
 
@@ -77,6 +79,31 @@ def upgrade_old_layout(state_dict):
         add("decoder.gdt_convs_pred_4.0", 1, gate, 1, 1)
         add("decoder.gdt_convs_attn_4.0", 1, gate, 1, 1, fill=OPEN_GATE)
     return upgraded
+
+
+def reorder_patches(state_dict, rows_first):
+    """
+    Changes the order in which the source references expect the patches of the image, by moving their weights.
+
+    Until 5 November 2024 the published code stacked patches by (column, row, channel), as ComfyUI's node still does.
+    Since then it stacks them by (channel, row, column). Weights whose source is the whole image stay as they are.
+
+    Args:
+        state_dict (`dict[str, torch.Tensor]`): A cleaned state dict.
+        rows_first (`bool`): Whether to change from the first order to the second, or back.
+
+    Returns:
+        `dict[str, torch.Tensor]`: A new state dict.
+    """
+    reordered = dict(state_dict)
+    for level in (2, 3, 4, 5):
+        key, side = f"decoder.ipt_blk{level}.conv1.weight", 2**level  # so many patches on each side of the image
+        weight = state_dict.get(key)  # (64, 3·side², 3, 3)
+        if weight is not None and weight.shape[1] == 3 * side**2:
+            order = (side, side, 3) if rows_first else (3, side, side)
+            swapped = weight.unflatten(1, order).transpose(1, 3)  # rows keep their place, columns and channels swap
+            reordered[key] = swapped.flatten(1, 3).contiguous()
+    return reordered
 
 
 def read_state_dict(path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from birefnet import repository_folder
 from birefnet.errors import CommandError
-from birefnet.hub.checkpoints import build_config
+from birefnet.hub.checkpoints import build_config, reorder_patches
 
 
 # Repositories that the `config.json` of the official form refers to. Their code is not copied.
@@ -48,7 +48,7 @@ def write_folder(folder, model, processor, card):
         processor (`BiRefNetImageProcessor`): The image processor.
         card (`str`): Text of README.md.
     """
-    write_weights(folder / "model.safetensors", model)
+    write_weights(folder / "model.safetensors", model.state_dict())
     model.config.architectures = [type(model).__name__]
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     source = repository_folder()
@@ -59,18 +59,18 @@ def write_folder(folder, model, processor, card):
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def write_weights(path, model):
+def write_weights(path, state_dict):
     """Writes a model's state dict into one safetensors file, with int64 index buffers as in official files."""
     from safetensors.torch import save_file
 
-    state_dict = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+    state_dict = {key: tensor.contiguous() for key, tensor in state_dict.items()}
     save_file(state_dict, path, metadata={"format": "pt"})
     Path(path).chmod(0o644)  # by default, the library writes files that other users cannot read
 
 
 def write_official(out, model):
     """
-    Writes weights that ComfyUI's native node and the published code load with `strict=True`.
+    Writes weights that the published code loads with `strict=True`.
 
     Args:
         out (`str` or `Path`): A `.safetensors` or `.pth` file; or a folder, which gets `model.safetensors` and a
@@ -88,13 +88,35 @@ def write_official(out, model):
 
             torch.save(model.state_dict(), Path(partial, out.name))
         elif out.suffix == ".safetensors":
-            write_weights(Path(partial, out.name), model)
+            write_weights(Path(partial, out.name), model.state_dict())
         else:
             with written_whole(out) as folder:
-                write_weights(folder / "model.safetensors", model)
+                write_weights(folder / "model.safetensors", model.state_dict())
                 text = json.dumps(official_config(model.config.backbone), indent=2) + "\n"
                 (folder / "config.json").write_text(text, encoding="utf-8")
             return
+        Path(partial, out.name).rename(out)
+
+
+def write_for_comfyui(out, model):
+    """
+    Writes weights for ComfyUI's native node, whose network computes the same with them.
+
+    Args:
+        out (`str` or `Path`): A new `.safetensors` file.
+        model (`BiRefNetForImageSegmentation`): The model.
+
+    Raises:
+        CommandError: ComfyUI does not have this network, or `out` already exists.
+    """
+    out = Path(out)
+    if model.config.backbone != "swin_v1_l":
+        raise CommandError(f"ComfyUI's node has no network with backbone={model.config.backbone!r}, only 'swin_v1_l'")
+    check_official(model.config)
+    if out.exists():
+        raise CommandError(f"{out} already exists")
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=_existing_parent(out)) as partial:
+        write_weights(Path(partial, out.name), reorder_patches(model.state_dict(), rows_first=False))
         Path(partial, out.name).rename(out)
 
 

@@ -16,8 +16,8 @@ def load_variant(name, device="cpu", dtype=None, folder=None, cache_dir=None, to
     Args:
         name (`str`): A name, alias or repository of the table, such as `"portrait"`.
         device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Where the model is put.
-        dtype (`torch.dtype` or `"auto"`, *optional*): Dtype of the weights. `"auto"` keeps the file's dtype. Default: the
-            best dtype for the device, see `compute_plan` in `hardware_birefnet.py`.
+        dtype (`torch.dtype` or `"auto"`, *optional*): Dtype of the weights. `"auto"` keeps the file's dtype. Default:
+            the best dtype for the device, see `compute_plan` in `hardware_birefnet.py`.
         folder (`str` or `Path`, *optional*): A folder that contains the official file. Prevents the download.
         cache_dir, token (*optional*): As in `huggingface_hub.hf_hub_download`. `HF_ENDPOINT`, `HF_HUB_OFFLINE`,
             `HF_HOME` and `HF_TOKEN` also apply.

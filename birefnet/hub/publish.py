@@ -14,13 +14,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from birefnet import __version__
 from birefnet.errors import CommandError, UsageError
 from birefnet.hub.folders import write_folder, written_whole
 from birefnet.hub.load import load_variant
 from birefnet.hub.variants import VARIANTS, get_variant
+from birefnet.photos.drawing import draw_picture
 
 
 TAG = f"v{__version__}"
@@ -29,7 +29,7 @@ TAG = f"v{__version__}"
 TOLERANCE = 1e-3
 
 
-def build_repository(variant, repository, folder, checkpoints=None, token=None):
+def build_repository(variant, repository, folder, checkpoints=None, token=None, with_onnx=False):
     """
     Writes a variant's complete repository into a new folder. The weights keep the dtype of the published file.
 
@@ -39,6 +39,7 @@ def build_repository(variant, repository, folder, checkpoints=None, token=None):
         folder (`Path`): A new or an empty folder. If an error occurs, nothing is written.
         checkpoints (`Path`, *optional*): Folder with official files, see [`load_variant`].
         token (`str`, *optional*): Hub token for gated repositories.
+        with_onnx (`bool`, *optional*): Whether to add the files of [`add_onnx`].
 
     Returns:
         `tuple`: The model and the processor.
@@ -50,18 +51,27 @@ def build_repository(variant, repository, folder, checkpoints=None, token=None):
 
     model, processor = load_variant(variant.name, dtype="auto", folder=checkpoints, token=token)
     with written_whole(folder) as partial:
-        write_folder(partial, model, processor, variant_card(variant, repository))
+        write_folder(partial, model, processor, variant_card(variant, repository, with_onnx))
+        if with_onnx:
+            add_onnx(partial, model, processor)
     return model, processor
 
 
-def draw_picture(width=320, height=256):
-    """Returns a test picture, identical on every machine: a shaded disc in front of stripes."""
-    x, y = np.meshgrid(np.linspace(-1, 1, width), np.linspace(-1, 1, height))
-    stripes = 90 + 40 * np.sin(12 * (x + 0.5 * y))
-    disc = 230 - 60 * (x + y)
-    inside = (x / 0.6) ** 2 + (y / 0.7) ** 2 < 1
-    channels = [np.where(inside, disc * tint, stripes) for tint in (1.0, 0.8, 0.4)]
-    return Image.fromarray(np.stack(channels, axis=-1).clip(0, 255).astype(np.uint8))
+def add_onnx(folder, model, processor):
+    """
+    Adds ONNX files for transformers.js and ONNX Runtime to a repository that [`build_repository`] wrote: float32,
+    float16 and int8, of the size in its `preprocessor_config.json`. That file then serves transformers.js too.
+
+    Returns:
+        `list[ExportedFile]`
+
+    Raises:
+        CommandError: A package is missing, or a file disagrees with PyTorch.
+    """
+    from birefnet.export.folders import file_paths, write_programs
+
+    targets = file_paths("onnx", folder, ("float32", "float16", "int8"))
+    return write_programs(model.float(), processor, folder, targets, "onnx", None, False)
 
 
 def verify_repository(folder, model, processor):
@@ -227,6 +237,7 @@ def add_arguments(parser):
         "examples:\n"
         "  birefnet publish portrait --repo me/BiRefNet-portrait --dry-run\n"
         "  birefnet publish portrait --repo me/BiRefNet-portrait --private\n"
+        "  birefnet publish lite --repo me/BiRefNet-lite --onnx\n"
         "  birefnet publish --all --repo me    # the 16 official ones: me/BiRefNet-general, me/BiRefNet-lite, ...\n"
         "  birefnet publish --space --repo me/cutouts    # a Space with the page of `birefnet serve`\n"
         "  birefnet publish general,portrait --space --repo me/cutouts\n"
@@ -240,6 +251,9 @@ def add_arguments(parser):
     )
     parser.add_argument("--repo", required=True, metavar="NAME", help="OWNER/NAME; with --all only OWNER")
     parser.add_argument("--private", action="store_true", help="make new repositories private")
+    parser.add_argument(
+        "--onnx", action="store_true", help="add ONNX files for transformers.js: float32, float16, int8"
+    )
     parser.add_argument("--dry-run", action="store_true", help="build and verify only")
     parser.add_argument("--checkpoints", metavar="FOLDER", help="take official files from this folder")
     parser.add_argument("--folder", metavar="OUT", help="keep the built repository in OUT/NAME")
@@ -287,12 +301,13 @@ def _publish(variant, repository, arguments):
         parent = arguments.folder or stack.enter_context(tempfile.TemporaryDirectory())
         folder = Path(parent, repository.split("/")[-1])
         try:
-            model, processor = build_repository(variant, repository, folder, checkpoints=arguments.checkpoints)
+            options = {"checkpoints": arguments.checkpoints, "with_onnx": arguments.onnx}
+            model, processor = build_repository(variant, repository, folder, **options)
         except ValueError as error:
             raise CommandError(f"{variant.name}: {error}") from error
         difference = verify_repository(folder, model, processor)
-        sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-        report = {"variant": variant.name, "repository": repository, "files": sizes, "matte_difference": difference}
+        report = {"variant": variant.name, "repository": repository, "files": _sizes(folder)}
+        report["matte_difference"] = difference
         if not arguments.dry_run:
             report["commit"], report["changed"] = upload_repository(folder, repository, private=arguments.private)
             report["tag"] = TAG
@@ -305,6 +320,8 @@ def _publish_space(arguments):
 
     if arguments.all:
         raise UsageError("--space and --all contradict each other: name the variants, separated by commas")
+    if arguments.onnx:
+        raise UsageError("--onnx is for repositories of weights; a Space has none")
     try:
         variants = ",".join(get_variant(name).name for name in (arguments.variant or "").split(",") if name)
     except ValueError as error:
@@ -315,14 +332,18 @@ def _publish_space(arguments):
         build_space(folder, arguments.repo, variants)
         if not variants:  # with variants it would download their weights to start
             verify_space(folder, draw_picture())
-        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-        report = {"repository": arguments.repo, "verified": not variants}
-        report["files"] = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+        report = {"repository": arguments.repo, "verified": not variants, "files": _sizes(folder)}
         if not arguments.dry_run:
             uploaded = upload_repository(folder, arguments.repo, private=arguments.private, repo_type="space")
             report["commit"], report["changed"] = uploaded
             report["tag"] = TAG
     return report
+
+
+def _sizes(folder):
+    """Returns the size of each file in bytes, by its path in the folder."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
 def _describe(report):

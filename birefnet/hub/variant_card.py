@@ -70,13 +70,28 @@ matte = processor.post_process_alpha_matte(outputs, target_sizes=[photo.size[::-
 """
 
 
-def variant_card(variant: Variant, repository: str) -> str:
+ONNX_USAGE = """\
+### In JavaScript
+
+```js
+import {{ pipeline }} from '@huggingface/transformers';
+
+const remover = await pipeline('background-removal', '{repository}', {{ dtype: 'fp32' }});  // or fp16, q8
+const cutOut = await remover('photo.jpg');
+```
+
+`onnx/` has the network in float32, float16 and int8, for one photo at the size in `preprocessor_config.json`.
+"""
+
+
+def variant_card(variant: Variant, repository: str, with_onnx: bool = False) -> str:
     """
     Returns the README.md of a variant: YAML metadata and text.
 
     Args:
         variant: A row of the table. The card calls facts that are `None` unknown.
         repository: Name on the Hub, for the examples.
+        with_onnx: Whether the repository has ONNX files.
     """
     parts = [
         f"# {variant.title}",
@@ -85,10 +100,11 @@ def variant_card(variant: Variant, repository: str) -> str:
         "([Zheng et al., CAAI AIR 2024](https://arxiv.org/abs/2401.03407)).",
         f"**Good for:** {variant.good_for}\n\n**Not for:** {variant.avoid}",
         USAGE.format(repository=repository, size=variant.size_text).rstrip(),
+        ONNX_USAGE.format(repository=repository).rstrip() if with_onnx else None,
         _results(variant),
         _facts(variant),
     ]
-    return f"{_metadata(variant, repository)}\n" + "\n\n".join(part for part in parts if part) + "\n"
+    return f"{_metadata(variant, repository, with_onnx)}\n" + "\n\n".join(part for part in parts if part) + "\n"
 
 
 def plain_card(name: str, source: str, config) -> str:
@@ -101,14 +117,14 @@ def plain_card(name: str, source: str, config) -> str:
     return f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n{text}\n\n{usage}\n"
 
 
-def _metadata(variant, repository):
+def _metadata(variant, repository, with_onnx):
     from huggingface_hub import ModelCardData
 
     data = ModelCardData(
         license=variant.license_id or ("mit" if variant.official else "unknown"),
         library_name="transformers",
         pipeline_tag="image-segmentation",
-        tags=list(TAGS),
+        tags=[*TAGS, "onnx", "transformers.js"] if with_onnx else list(TAGS),
         base_model=variant.repository,
         model_name=repository.split("/")[-1],
         eval_results=_evaluations(variant) or None,

@@ -69,7 +69,6 @@ def load_remover(
 def _load_exported_remover(runtime: str, folder: str | None, device, dtype: str, resolution, batch_size: int):
     from transformers import AutoImageProcessor
 
-    import birefnet.repository  # noqa: F401  registers the processor with the Auto classes
     from birefnet.inference.runtimes import RUNTIMES
     from birefnet.repository.pipeline_birefnet import BiRefNetPipeline
 
@@ -124,7 +123,9 @@ def _weights_dtype(dtype: str, device, batch_size: int) -> str:
     if reason := obstacle(device):
         raise UsageError(f"--dtype int8: {reason}")
     if batch_size > 1:
-        raise UsageError("--dtype int8 needs --batch-size 1: in a batch, each photo would change the mattes of the others")
+        raise UsageError(
+            "--dtype int8 needs --batch-size 1: in a batch, each photo would change the mattes of the others"
+        )
     return str(compute_plan(device, torch.bfloat16).arithmetic).removeprefix("torch.")
 
 

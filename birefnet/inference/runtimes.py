@@ -64,10 +64,13 @@ class ExportedNetwork:
         """
         from transformers import AutoConfig
 
+        from birefnet.inference.registration import register_model
+
+        register_model()  # also serves AutoImageProcessor, which reads the same folder
         file = cls.locate(folder, dtype)
         try:
             return cls(file, AutoConfig.from_pretrained(str(folder)), device=device, **options)
-        except (RuntimeError, ValueError) as error:  # the runtimes' own errors are of these kinds
+        except (OSError, RuntimeError, ValueError) as error:  # the runtimes' own errors are of the last two kinds
             raise CommandError(f"{file} cannot be loaded: {error}") from error
 
     @classmethod

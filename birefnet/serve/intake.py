@@ -1,5 +1,7 @@
 """Encoded photos from strangers: checked before they are decoded, then decoded as every photo of the project is."""
 
+import contextlib
+import functools
 import io
 import warnings
 from pathlib import Path
@@ -51,7 +53,7 @@ def _check_not_a_document(encoded: bytes) -> None:
     if any(mark in head for mark in _MARKS_OF_DOCUMENTS) or is_archive(encoded):
         raise InvalidPhotoError(
             "The file is not a photo, or it is something else as well (SVG, HTML, PDF, script, ZIP). "
-            "Send a JPEG, PNG, WebP, AVIF, GIF, BMP or TIFF file."
+            "Send a JPEG, PNG, WebP, AVIF, HEIC, GIF, BMP or TIFF file."
         )
 
 
@@ -62,27 +64,31 @@ def is_archive(encoded: bytes) -> bool:
 
 def _size_in_header(encoded: bytes) -> tuple[int, int]:
     """(width, height) as the header has it."""
-    known = [name for name in FORMATS if name in Image.OPEN or _is_registered(name)]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
-            with Image.open(io.BytesIO(encoded), formats=known) as image:
+            with Image.open(io.BytesIO(encoded), formats=_known_formats()) as image:
                 return image.size
     except Image.DecompressionBombError:
         raise TooLargeError("The photo has more pixels than are allowed.") from None
     except Image.UnidentifiedImageError:
         raise InvalidPhotoError(
             "The file is not a picture that can be read here: it is damaged or of another kind. "
-            "Send a JPEG, PNG, WebP, AVIF, GIF, BMP or TIFF file."
+            "Send a JPEG, PNG, WebP, AVIF, HEIC, GIF, BMP or TIFF file."
         ) from None
     except Exception as error:  # decoders raise almost anything on damaged headers
         raise InvalidPhotoError(f"The picture is damaged ({type(error).__name__}).") from None
 
 
-def _is_registered(name: str) -> bool:
-    """Whether Pillow has this format, once all of its plugins are imported."""
+@functools.cache
+def _known_formats() -> list[str]:
+    """The formats of `FORMATS` that can be read here. HEIF needs a package of its own, AVIF a recent Pillow."""
+    with contextlib.suppress(ImportError):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
     Image.init()
-    return name in Image.OPEN
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def decode_photo(encoded: bytes, limits: Limits) -> Image.Image:

@@ -98,14 +98,15 @@ def _validation(arguments: argparse.Namespace, trainer, course: Course, is_final
     )
     parts = [
         f"On {len(trainer.eval_dataset):,} photos ({source}), at the masks' own size. The epoch with the lowest "
-        "MAE + (1 − IoU) was kept, so its values are a little too good.",
+        "MAE + (1 − IoU) was kept, so its values are a little too good. Epoch 0 is the model before the training.",
         f"| weights | epoch | mean absolute error | mean IoU at 0.5 |\n| --- | ---: | ---: | ---: |\n{table}",
     ]
     if is_final:
         parts.append(verdict(course, len(trainer.eval_dataset)))
         if course.last is not None:
-            columns = (
-                "photo, mask, matte before training, matte of this model" if course.before else "photo, mask, matte"
-            )
+            columns = "photo, mask, matte"
+            if course.before:
+                after = "of this model" if course.is_improved else "after the best epoch, which was not kept"
+                columns = f"photo, mask, matte before training, matte {after}"
             parts.append(f"![Validation by epoch]({CURVE_FILE})\n\n![{columns}]({SHEET_FILE})\n\n({columns})")
     return "\n\n".join(parts)

@@ -691,7 +691,7 @@ def write_report(trainer: BiRefNetTrainer, arguments: argparse.Namespace):
     if course.last is not None:
         draw_curve(course, trainer.state, folder / CURVE_FILE)
         samples = next(c for c in trainer.callback_handler.callbacks if isinstance(c, SampleMattes))
-        samples.sheet().save(folder / SHEET_FILE)
+        samples.sheet(course).save(folder / SHEET_FILE)
     card = folder / "README.md"
     partial = card.with_suffix(".partial")
     partial.write_text(training_card(arguments, trainer, trainer.state, is_final=True), encoding="utf-8")

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 WORSE_IN_A_ROW = 3
 STOP_FACTOR = 2.0
+STOP_RISE = 0.1  # of MAE + (1 − IoU)
 CURVE_FILE, SHEET_FILE = "curve.png", "before_after.png"
 SHEET_SIDE = 224  # pixels of a picture's longer side in the contact sheet
 TITLE_HEIGHT = 20  # pixels
@@ -27,6 +28,12 @@ ADVICE = (
     "Look at before_after.png first: wrong or inconsistent masks are the most frequent cause. Then try more photos, "
     "a lower --learning-rate (a quarter), or a --resolution at which small details of the photos are still visible."
 )
+LEARNED_BY_HEART = (
+    "Meanwhile the loss on the training photos fell from {:.3g} to {:.3g}: the model learned these photos by heart. "
+    "Add photos that show more variety. If the mattes before the training (before_after.png) are good, keep the model "
+    "as it is: it knows such photos already."
+)
+FALLEN_LOSS = 0.8  # A loss below this part of the first one has fallen. Augmentation alone moves it by less.
 
 
 @dataclass(frozen=True)
@@ -65,17 +72,35 @@ class Course:
         before: The validation before the first update, of a fine-tuned model; `None` for a new network.
         epochs: The validations after each epoch.
         planned_epochs: How many epochs the training was to have.
+        losses: The logged training losses, each a mean over some updates.
     """
 
     before: Validation | None
     epochs: tuple[Validation, ...]
     planned_epochs: float
+    losses: tuple[float, ...] = ()
 
     @property
     def best(self) -> Validation | None:
         """The validation with the lowest error, including that before the training."""
         measured = [*([self.before] if self.before else []), *self.epochs]
         return min(measured, key=lambda validation: validation.error, default=None)
+
+    @property
+    def best_epoch(self) -> Validation | None:
+        """The validation with the lowest error after the training began."""
+        return min(self.epochs, key=lambda validation: validation.error, default=None)
+
+    @property
+    def is_improved(self) -> bool:
+        """Whether an epoch is kept; `False` if the model stays as it was."""
+        return self.best is not None and self.best is not self.before
+
+    @property
+    def is_learned_by_heart(self) -> bool:
+        """Whether the training loss fell although no epoch is better than the model before the training."""
+        fell = len(self.losses) > 1 and self.losses[-1] < FALLEN_LOSS * self.losses[0]
+        return fell and not self.is_improved
 
     @property
     def last(self) -> Validation | None:
@@ -93,8 +118,12 @@ class Course:
 
     @property
     def is_ruined(self) -> bool:
-        """Whether the model is worse than before the training, and MAE or 1 − IoU has at least doubled."""
-        if self.before is None or self.last is None or self.last.error <= self.before.error:
+        """Whether MAE or 1 − IoU has at least doubled, and the error has risen by at least 0.1.
+
+        The first updates make a nearly perfect model slightly worse, which may double a very small error. The later
+        updates make up for it (docs/fine-tuning.md).
+        """
+        if self.before is None or self.last is None or self.last.error < self.before.error + STOP_RISE:
             return False
         doubled_mae = self.last.mae >= STOP_FACTOR * self.before.mae
         return doubled_mae or 1 - self.last.iou >= STOP_FACTOR * (1 - self.before.iou)
@@ -108,11 +137,12 @@ def course_of(state: TrainerState) -> Course:
         if "eval_mae" in entry
     }
     before = found.pop(0, None)
-    return Course(before, tuple(found[step] for step in sorted(found)), state.num_train_epochs)
+    losses = tuple(entry["loss"] for entry in state.log_history if "loss" in entry)
+    return Course(before, tuple(found[step] for step in sorted(found)), state.num_train_epochs, losses)
 
 
 def verdict(course: Course, photos: int) -> str:
-    """The result of a training in one to three sentences.
+    """The result of a training in a few sentences.
 
     Args:
         course: All validations.
@@ -126,11 +156,14 @@ def verdict(course: Course, photos: int) -> str:
         return f"The best model has mean absolute error {best.mae:.4f} and IoU {best.iou:.3f} {on} ({_epoch(best)})."
     stopped = " The training was stopped, because the error doubled." if course.is_ruined else ""
     if best is before:
-        nearest = min(course.epochs, key=lambda validation: validation.error)
+        nearest = course.best_epoch
+        advice = ADVICE
+        if course.is_learned_by_heart:
+            advice = LEARNED_BY_HEART.format(course.losses[0], course.losses[-1])
         return (
             f"Not improved: {on}, mean absolute error was {before.mae:.4f} and IoU {before.iou:.3f} before the "
             f"training. The best epoch has {nearest.mae:.4f} and {nearest.iou:.3f}. The folder holds the model as it "
-            f"was.{stopped} {ADVICE}"
+            f"was.{stopped} {advice}"
         )
     text = (
         f"Improved: {on}, mean absolute error went from {before.mae:.4f} to {best.mae:.4f} and IoU from "
@@ -186,7 +219,7 @@ class ValidationWatch(TrainerCallback):
 
 
 class SampleMattes(TrainerCallback):
-    """Keeps mattes of a few validation photos, from before the training and of the best model, and shows all of them.
+    """Keeps mattes of a few validation photos, from before the training and of the best epoch, and shows all of them.
 
     Args:
         trainer: The `BiRefNetTrainer`.
@@ -207,7 +240,7 @@ class SampleMattes(TrainerCallback):
         course = course_of(state)
         if course.last is None:
             self._keep(strips, "before")
-        if course.best is (course.last or course.before):
+        elif course.best_epoch is course.last:
             self._keep(strips, "best")
 
     def _keep(self, strips: dict, moment: str):
@@ -216,10 +249,14 @@ class SampleMattes(TrainerCallback):
         for row, strip in strips.items():
             _picture(strip).save(folder / f"{row:04}.png")
 
-    def sheet(self) -> Image.Image:
-        """A row for each sample: photo, mask, matte before the training (if there was a model), best matte."""
+    def sheet(self, course: Course) -> Image.Image:
+        """A row for each sample: photo, mask, matte before the training if there was a model, matte of the best epoch.
+
+        The title of the last column tells whether that epoch is worse than the model before the training.
+        """
         has_before = (self.folder / "before").exists()
-        rows = [_title_row(("photo", "mask", *(("before",) if has_before else ()), "after"), self.folder / "best")]
+        after = "after" if course.is_improved else "after (worse, not kept)"
+        rows = [_title_row(("photo", "mask", *(("before",) if has_before else ()), after), self.folder / "best")]
         for path in sorted((self.folder / "best").glob("*.png")):
             photo, mask, after = _thirds(path)
             before = [_thirds(self.folder / "before" / path.name)[2]] if has_before else []

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import tarfile
 
 import numpy as np
@@ -9,7 +10,9 @@ import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
 
-from birefnet.batch import sources, storage, worker
+from birefnet.batch import storage, worker
+from birefnet.batch.lease import only_run
+from birefnet.batch.report import Progress
 from birefnet.batch.storage import Storage
 from birefnet.command_line import main
 
@@ -93,7 +96,8 @@ def test_a_full_disk_stops_the_run_and_a_second_run_completes_it(batch, photos, 
 
     monkeypatch.setattr(storage, "write_whole", write_until_full)
     code, report, errors = batch(photos, sink)
-    assert code == 1 and report is None and "No space left on device" in errors and "Traceback" not in errors
+    assert code == 1 and "No space left on device" in report["stopped"] and "Traceback" not in errors
+    assert "no errors.jsonl and no report" in errors
     monkeypatch.setattr(storage, "write_whole", write)
     committed = {record["id"] for record in records(sink)}
     code, report, _ = batch(photos, sink)
@@ -121,8 +125,30 @@ def test_a_storage_that_fails_for_a_while_is_tried_again_by_the_next_run(batch, 
 def test_max_errors_stops_the_run(batch, photos, tmp_path):
     for number in range(5):
         (photos / f"bad{number}.jpg").write_bytes(b"no")
-    code, _, errors = batch(photos, tmp_path / "sink", "--max-errors", "1")
-    assert code == 1 and "--max-errors 1" in errors
+    code, report, errors = batch(photos, tmp_path / "sink", "--max-errors", "1")
+    assert code == 1 and "--max-errors 1" in errors and "--max-errors 1" in report["stopped"]
+    assert len((tmp_path / "sink/_birefnet/errors.jsonl").read_text().splitlines()) == report["errors"] >= 2
+
+
+def test_an_interrupted_run_leaves_its_report(batch, photos, tmp_path, monkeypatch):
+    def interrupt(self, end=False):
+        if not end:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, "show", interrupt)
+    code, report, _ = batch(photos, tmp_path / "sink")
+    assert code == 130 and report["photos"] == 3 and report["stopped"] == "interrupted"
+    assert json.loads((tmp_path / "sink/_birefnet/report.json").read_text()) == report
+    monkeypatch.undo()
+    assert batch(photos, tmp_path / "sink")[1]["photos"] == 6
+
+
+def test_one_run_at_a_time(batch, photos, tmp_path):
+    sink = tmp_path / "sink"
+    with only_run(Storage(sink)):
+        code, _, errors = batch(photos, sink)
+        assert code == 1 and f"process {os.getpid()}" in errors and not pictures(sink)
+    assert batch(photos, sink)[1]["photos"] == 9
 
 
 def test_other_settings_need_overwrite(batch, photos, tmp_path):
@@ -154,31 +180,3 @@ def test_plan_predicts_and_writes_nothing(batch, photos, tmp_path):
     assert code == 0 and prediction["photos"] == 9 and prediction["sample"]["failed"] <= 2
     assert prediction["cost"] == pytest.approx(9 * prediction["seconds_per_photo"])
     assert prediction["bytes_to_write"] > 0 and not (tmp_path / "sink").exists()
-
-
-def test_s3_with_503s_and_cut_connections(batch, photos, tmp_path, monkeypatch):
-    pytest.importorskip("s3fs", reason="s3fs is not installed (extra `batch`)")
-    pytest.importorskip("moto.server", reason="moto[server] is not installed")
-    import fsspec
-
-    from .faulty_s3 import FaultyS3
-
-    monkeypatch.setattr(storage, "FIRST_DELAY", 0.01)
-    batch(photos, tmp_path / "sink")
-    with FaultyS3() as server:
-        for name, value in server.environment().items():
-            monkeypatch.setenv(name, value)
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
-        files = Storage("s3://shop").filesystem
-        files.mkdir("shop")
-        files.put(f"{photos}/", "shop/photos", recursive=True)
-        server.faults = 0.1
-        _, report, errors = batch("s3://shop/photos", "s3://shop/cutouts")
-        assert report["photos"] == 9 and report["errors_by_kind"] == {"photo": 2}, errors
-        assert batch("s3://shop/photos", "s3://shop/cutouts")[1]["photos"] == 0
-        assert server.counts["503"] > 3 and server.counts["cut"] > 3
-        server.faults = 0
-        files.get("shop/cutouts/", str(tmp_path / "received"), recursive=True)
-    assert pictures(tmp_path / "received") == pictures(tmp_path / "sink")
-    assert {r["version"] for r in records(tmp_path / "received")} >= {"d41d8cd98f00b204e9800998ecf8427e"}  # an ETag
-    assert sources.version_of({"ETag": '"abc"'}) == "abc"

@@ -1,40 +1,71 @@
-"""birefnet batch on Ray: the results of a run without, also when a worker is killed while it computes."""
+"""birefnet batch on Ray: the results of a run without, with a killed worker and a storage that fails."""
 
 import os
 import signal
 
+import fsspec
 import pytest
 
 from birefnet.batch import report
+from birefnet.batch.storage import Storage
 
+from .faulty_storage import faulty_s3, s3_environment
 from .sink_contents import pictures, records
 
 
 @pytest.fixture
-def cluster(monkeypatch):
+def s3(monkeypatch):
+    """An S3 server without faults, which this process and those that it starts use."""
+    pytest.importorskip("s3fs", reason="s3fs is not installed (extra `batch`)")
+    pytest.importorskip("moto.server", reason="moto and flask-cors are not installed (extra `test`)")
+    with faulty_s3() as proxy:
+        for name, value in s3_environment(proxy).items():
+            monkeypatch.setenv(name, value)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        yield proxy
+
+
+@pytest.fixture
+def cluster(s3, monkeypatch, tmp_path):
     """A cluster of two cores on this machine, which the command finds started."""
     ray = pytest.importorskip("ray", reason="Ray is not installed (extra `batch`)")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("BIREFNET_CACHE", str(tmp_path / "cache"))
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
     yield ray
     ray.shutdown()
 
 
-def test_a_killed_worker_loses_nothing(batch, photos, tmp_path, cluster, monkeypatch):
+def model_files(cache):
+    """The weights in the workers' cache folder: paths and inodes, which would change with a second copy."""
+    return [(path, path.stat().st_ino) for path in cache.rglob("*.safetensors")]
+
+
+def test_a_killed_worker_and_a_failing_storage_lose_nothing(batch, photos, tmp_path, s3, cluster, monkeypatch):
     batch(photos, tmp_path / "here")
-    killed, add = [], report.Progress.add
+    files = Storage("s3://shop").filesystem
+    files.mkdir("shop")
+    files.put(f"{photos}/", "shop/photos", recursive=True)
+    killed, models, add = [], [], report.Progress.add
 
     def kill_the_worker_of_the_first_block(self, summary):
         add(self, summary)
         if not killed:
             killed.append(int(summary["worker"].rpartition(":")[2]))
+            models.extend(model_files(tmp_path / "cache"))
             os.kill(killed[0], signal.SIGKILL)
 
     monkeypatch.setattr(report.Progress, "add", kill_the_worker_of_the_first_block)
-    code, facts, _ = batch(photos, tmp_path / "ray", "--ray", "local", "--workers", "1", "--cpus-per-worker", "1")
+    s3.faults = 0.05
+    arguments = ("s3://shop/photos", "s3://shop/cutouts", "--ray", "local", "--workers", "1", "--cpus-per-worker", "1")
+    code, facts, _ = batch(*arguments)
     assert killed and code == 1 and facts["photos"] == 9 and facts["errors_by_kind"] == {"photo": 2}
     assert len(facts["peak_memory_of_workers"]) == 2  # the killed process and its successor
-    assert pictures(tmp_path / "ray") == pictures(tmp_path / "here")
-    assert sorted(record["id"] for record in records(tmp_path / "ray")) == sorted(
+    assert len(models) == 1 and model_files(tmp_path / "cache") == models  # the successor has found the first's file
+    assert s3.counts["503"] and s3.counts["cut"] and s3.counts["slow"]
+    s3.faults = 0
+    files.get("shop/cutouts/", str(tmp_path / "received"), recursive=True)
+    assert pictures(tmp_path / "received") == pictures(tmp_path / "here")
+    assert sorted(record["id"] for record in records(tmp_path / "received")) == sorted(
         record["id"] for record in records(tmp_path / "here")
     )

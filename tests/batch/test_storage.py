@@ -31,7 +31,22 @@ def test_passing_failures_are_tried_again():
     assert with_retries(operation) == "done" and len(calls) == 4
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError("gone"), PermissionError("no"), OSError(errno.ENOSPC, "full")])
+def answered(status):
+    """An error of a web server's client."""
+    error = RuntimeError(f"status {status}")
+    error.status = status
+    return error
+
+
+def test_a_server_that_is_busy_is_asked_again():
+    assert (
+        with_retries(failing(2, answered(429))[0]) == "done" and with_retries(failing(2, answered(503))[0]) == "done"
+    )
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError("gone"), PermissionError("no"), OSError(errno.ENOSPC, "full"), answered(403)]
+)
 def test_lasting_failures_are_not(error):
     operation, calls = failing(1, error)
     with pytest.raises(type(error)):

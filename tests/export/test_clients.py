@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from birefnet.hub.publish import draw_picture
-from birefnet.inference import load_remover
+from birefnet.hub.folders import write_folder
+from birefnet.hub.publish import add_onnx, verify_repository
+from birefnet.inference import load_model, load_remover
+from birefnet.photos.drawing import draw_picture
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -41,6 +43,22 @@ def test_transformers_js(embedded_folder, run_node, photo, tmp_path):
     for name, dtype in names.items():
         expected = python_alpha(photo, model=str(folder), runtime="onnx", dtype=dtype)
         assert np.abs(read_alpha(tmp_path / f"alpha.{name}") - expected).max() <= 2
+
+
+def test_a_published_repository_serves_python_and_transformers_js(tiny_model_folder, request, tmp_path):
+    model, processor = load_model(tiny_model_folder)
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    write_folder(folder, model, processor, "card")
+    add_onnx(folder, model, processor)
+    assert verify_repository(folder, model, processor) <= 1e-3  # in a fresh process, with the code in the folder
+
+    run_node, photo = request.getfixturevalue("run_node"), tmp_path / "photo.png"
+    draw_picture(64, 64).save(photo)
+    run_node("background_removal.mjs", folder, photo, tmp_path / "alpha", "fp32")
+    alpha = np.fromfile(tmp_path / "alpha.fp32", np.uint8).reshape(64, 64).astype(int)
+    assert alpha.std() > 10
+    assert np.abs(alpha - python_alpha(photo, model=str(folder))).max() <= 2
 
 
 def test_page_in_chromium(embedded_folder, run_node, node_modules, photo, tmp_path):

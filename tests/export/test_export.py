@@ -11,9 +11,14 @@ from PIL import Image
 from birefnet.command_line import main
 from birefnet.errors import CommandError, UsageError
 from birefnet.export import BiRefNetOnnxModel, BiRefNetOpenVINOModel, export_model, folders, verification
-from birefnet.hub.publish import draw_picture
 from birefnet.inference import load_model, load_remover
+from birefnet.photos.drawing import draw_picture
+from birefnet.repository.configuration_birefnet import BiRefNetConfig
+from birefnet.repository.image_processing_birefnet import BiRefNetImageProcessor
+from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
 from birefnet.repository.pipeline_birefnet import BiRefNetPipeline
+
+from .. import reference_weights
 
 
 slow = pytest.mark.skipif(os.environ.get("BIREFNET_SLOW") != "1", reason="takes minutes: set BIREFNET_SLOW=1")
@@ -61,6 +66,21 @@ def test_swin_network_in_openvino(tiny_swin, tmp_path):
     write(tiny_swin, tmp_path, "openvino", dtypes=("float32", "float16"))
     network = BiRefNetOpenVINOModel(tmp_path / "openvino" / "openvino_model.xml", tiny_swin[0].config)
     assert relative_difference(tiny_swin[0], network, torch.randn(1, 3, 64, 96)) <= 1e-4
+
+
+@slow
+@pytest.mark.parametrize("file_format", ["onnx", "openvino"])
+@pytest.mark.parametrize("size", [(512, 512), (1024, 1024), (768, 1344)], ids=lambda size: "x".join(map(str, size)))
+@pytest.mark.parametrize("backbone", ["swin_v1_t", "swin_v1_l"])
+def test_lite_and_general(backbone, size, file_format, tmp_path):
+    """With batches of 1 and 3, which `write_programs` compares before it keeps the file."""
+    pytest.importorskip(file_format)
+    model = BiRefNetForImageSegmentation(BiRefNetConfig(backbone=backbone)).eval()
+    manifest = {key: (value.shape, str(value.dtype)[6:]) for key, value in model.state_dict().items()}
+    model.load_state_dict(reference_weights.state_dict(manifest), strict=False)
+    [report] = write((model, BiRefNetImageProcessor()), tmp_path, file_format, size, dynamic_batch=True)
+    assert report.agreement["logits"] <= 1e-4
+    print(report.summary)
 
 
 def test_embedded_network_in_the_pipeline(embedded_folder):
@@ -125,10 +145,10 @@ def test_size_that_is_no_multiple_of_32(tmp_path, capsys):
     assert "multiples of 32" in capsys.readouterr().err
 
 
-def test_a_file_that_disagrees_is_not_kept(tiny_swin, tmp_path, monkeypatch):
+def test_a_file_that_disagrees_is_not_kept(tiny_model_folder, tmp_path, monkeypatch):
     monkeypatch.setitem(verification.TOLERANCES, "float32", 1e-12)
     with pytest.raises(CommandError, match=r"model.onnx disagrees with PyTorch.*not kept"):
-        write(tiny_swin, tmp_path)
+        export_model(tiny_model_folder, tmp_path)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
@@ -139,11 +159,11 @@ def test_nan_disagrees():
     assert not agreement.measure("float32") <= 1
 
 
-def test_a_full_disk_is_named(tiny_swin, tmp_path, monkeypatch):
+def test_a_full_disk_is_named(tiny_model_folder, tmp_path, monkeypatch):
     usage = folders.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(CommandError, match="GB free; exporting needs about"):
-        write(tiny_swin, tmp_path)
+        export_model(tiny_model_folder, tmp_path)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 

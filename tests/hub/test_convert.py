@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,11 +20,14 @@ from birefnet.hub.checkpoints import (
     is_old_layout,
     model_from_state_dict,
     read_state_dict,
+    reorder_patches,
     upgrade_old_layout,
 )
 from birefnet.hub.folders import official_config, write_weights
+from birefnet.repository import decoder_birefnet
 from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
 
+from .. import reference_weights
 from ..conftest import TINY_CONFIG
 
 
@@ -53,7 +59,7 @@ def test_complete_state_dicts_have_the_published_names_shapes_and_bytes(backbone
 
     for dtype in (torch.float32, torch.float16):
         file = tmp_path / "model.safetensors"
-        write_weights(file, model.to_empty(device="cpu").to(dtype))
+        write_weights(file, model.to_empty(device="cpu").to(dtype).state_dict())
         assert file.stat().st_size == PUBLISHED_BYTES[backbone, dtype]
         with safe_open(file, "pt") as opened:
             assert opened.metadata() == {"format": "pt"}
@@ -68,10 +74,10 @@ def lite():
     return {key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}
 
 
-def logits(model):
+def logits(model, dtype=torch.float32):
     image = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        return model.eval().float()(image).logits
+        return model.eval().to(dtype)(image.to(dtype)).logits
 
 
 def test_a_distributed_and_compiled_half_precision_checkpoint_becomes_a_complete_folder(lite, tmp_path, capsys):
@@ -92,7 +98,7 @@ def test_a_distributed_and_compiled_half_precision_checkpoint_becomes_a_complete
     converted = load_file(out / "model.safetensors")
     assert converted.keys() == lite.keys()
     assert all(torch.equal(converted[key], lite[key]) and converted[key].dtype == lite[key].dtype for key in lite)
-    # Back into the official form, for ComfyUI's native node and the published code, which load strictly.
+    # Back into the official form, for the published code, which loads strictly.
     assert main(["convert", str(out), str(tmp_path / "birefnet.safetensors"), "--to-official"]) == 0
     assert (tmp_path / "birefnet.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
     assert main(["convert", str(out), str(tmp_path / "birefnet.pth"), "--to-official", "--dtype", "float32"]) == 0
@@ -133,6 +139,63 @@ def test_an_own_folder_keeps_its_configuration_and_processor(tiny_model_folder, 
     assert torch.allclose(logits(model), logits(original), atol=0.1)
 
 
+# ComfyUI
+
+COMFYUI_PROGRAM = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+import comfy.ops
+from comfy.background_removal.birefnet import BiRefNet
+from safetensors.torch import load_file
+network = BiRefNet(dtype=torch.float32, device="cpu", operations=comfy.ops.manual_cast).eval()
+network.load_state_dict(load_file(sys.argv[2]), strict=True)
+with torch.inference_mode():
+    torch.save(network(torch.load(sys.argv[3])), sys.argv[4])
+"""
+
+
+@pytest.mark.skipif("BIREFNET_COMFYUI" not in os.environ, reason="set BIREFNET_COMFYUI to a checkout of ComfyUI")
+def test_comfyui_computes_the_same(tmp_path):
+    config = build_config({"backbone": "swin_v1_l"})
+    with torch.device("meta"):
+        tensors = BiRefNetForImageSegmentation(config).state_dict()
+    manifest = {key: (value.shape, str(value.dtype).removeprefix("torch.")) for key, value in tensors.items()}
+    weights = reference_weights.state_dict(manifest)
+    torch.save(weights, tmp_path / "general.pth")
+    file = tmp_path / "birefnet.safetensors"
+    assert main(["convert", str(tmp_path / "general.pth"), str(file), "--to-comfyui"]) == 0
+
+    image = reference_weights.image("comfyui", 1, 128, 160)
+    torch.save(image, tmp_path / "image.pt")
+    paths = [str(path) for path in (file, tmp_path / "image.pt", tmp_path / "logits.pt")]
+    subprocess.run([sys.executable, "-c", COMFYUI_PROGRAM, os.environ["BIREFNET_COMFYUI"], *paths], check=True)
+    with torch.inference_mode():
+        expected = model_from_state_dict(config, read_state_dict(tmp_path / "general.pth"))(image).logits
+    found = torch.load(tmp_path / "logits.pt")
+    assert (found - expected).abs().max() <= 1e-4 * expected.std()
+
+
+def test_files_for_comfyui_are_those_of_its_one_network(lite, tmp_path, capsys):
+    torch.save(lite, tmp_path / "lite.pth")
+    assert main(["convert", str(tmp_path / "lite.pth"), str(tmp_path / "out.safetensors"), "--to-comfyui"]) == 1
+    assert "ComfyUI's node has no network with backbone='swin_v1_t'" in capsys.readouterr().err
+    assert main(["convert", str(tmp_path / "lite.pth"), str(tmp_path / "out"), "--to-comfyui"]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["lite.pth"]
+
+
+def test_patches_are_reordered_and_back():
+    shapes = {"decoder.ipt_blk2.conv1.weight": 48, "decoder.ipt_blk3.conv1.weight": 3}
+    weights = {key: torch.arange(channels).view(1, channels, 1, 1) for key, channels in shapes.items()}
+    image = torch.arange(3.0 * 8 * 12).view(1, 3, 8, 12)
+    # A weight that picks one channel picks the same patch in both orders.
+    old = reorder_patches(weights, rows_first=False)
+    order = old["decoder.ipt_blk2.conv1.weight"].flatten()
+    assert torch.equal(old_image_to_patches(image, (2, 3)), decoder_birefnet.image_to_patches(image, (2, 3))[:, order])
+    assert torch.equal(old["decoder.ipt_blk3.conv1.weight"], weights["decoder.ipt_blk3.conv1.weight"])
+    back = reorder_patches(old, rows_first=True)
+    assert all(torch.equal(back[key], weights[key]) for key in weights)
+
+
 # The layout from before 2 May 2024
 
 
@@ -141,6 +204,12 @@ class NoGate(nn.Module):
 
     def forward(self, features):
         return torch.full_like(features[:, :1], torch.inf)
+
+
+def old_image_to_patches(image, size):
+    """Patches in the order of the code from before 5 November 2024: by column, row, channel."""
+    columns = image.split(size[1], dim=3)
+    return torch.cat([patch for column in columns for patch in column.split(size[0], dim=2)], dim=1)
 
 
 def old_network(config, seed):
@@ -169,7 +238,7 @@ def old_network(config, seed):
 
 
 @pytest.mark.parametrize("source_reference", ["patches", "image"])
-def test_the_old_layout_becomes_a_network_that_computes_the_same(source_reference):
+def test_the_old_layout_becomes_a_network_that_computes_the_same(source_reference, monkeypatch):
     pytest.importorskip("timm")
     config = build_config({"backbone": "test_resnet", "decoder_channels": 8, "source_reference": source_reference})
     old, state_dict = old_network(config, seed=2)
@@ -178,7 +247,9 @@ def test_the_old_layout_becomes_a_network_that_computes_the_same(source_referenc
     upgraded = upgrade_old_layout(state_dict)
     assert not is_old_layout(upgraded)
     new = model_from_state_dict(config, upgraded)
-    expected, found = logits(old), logits(new)
+    found = logits(new, torch.float64)  # the order of patches is that of sums
+    monkeypatch.setattr(decoder_birefnet, "image_to_patches", old_image_to_patches)
+    expected = logits(old, torch.float64)
     assert expected.std() > 1e-3
     assert (found - expected).abs().max() <= 1e-5 * expected.std()
 

@@ -19,9 +19,10 @@ from birefnet.command_line import main
 from birefnet.errors import CommandError
 from birefnet.hub.checkpoints import build_config, build_processor, model_from_state_dict
 from birefnet.hub.folders import write_folder
-from birefnet.hub.publish import TAG, compare_results, draw_picture, run_in_fresh_process
+from birefnet.hub.publish import TAG, compare_results, run_in_fresh_process
 from birefnet.hub.variant_card import variant_card
 from birefnet.hub.variants import VARIANTS
+from birefnet.photos.drawing import draw_picture
 
 from ..conftest import TINY_CONFIG
 from ..hub_server import Fault, HubClient, LoopbackHub

@@ -20,9 +20,9 @@ from birefnet.hub.checkpoints import build_config
 from birefnet.hub.download import fetch_checkpoint
 from birefnet.hub.folders import official_config, write_weights
 from birefnet.hub.load import load_variant
-from birefnet.hub.publish import draw_picture
 from birefnet.hub.variants import KINDS, VARIANTS, choose_variant, get_variant, variants_table
 from birefnet.hub.verification import compute_matte
+from birefnet.photos.drawing import draw_picture
 from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
 
 from ..conftest import TINY_CONFIG
@@ -370,7 +370,7 @@ result.append(model.state_dict()["decoder.conv_out1.0.weight"].sum().item())
 def test_from_pretrained_recognises_an_official_repository_by_its_tensors(hub, client, tmp_path):
     torch.manual_seed(0)
     model = BiRefNetForImageSegmentation(build_config({"backbone": "swin_v1_t"})).half()
-    write_weights(tmp_path / "model.safetensors", model)
+    write_weights(tmp_path / "model.safetensors", model.state_dict())
     config = json.dumps(official_config("swin_v1_t")).encode()
     name = "ZhengPeng7/BiRefNet_T"
     hub.add_repository(name, {"model.safetensors": tmp_path / "model.safetensors", "config.json": config})

@@ -39,6 +39,17 @@ def zip_of(files: dict[str, bytes], compression=zipfile.ZIP_DEFLATED) -> bytes:
     return encoded.getvalue()
 
 
+def test_heic_of_phones_is_taken():
+    heif = pytest.importorskip("pillow_heif", reason="pillow-heif is not installed (extra `serve`)")
+    from birefnet.serve.intake import check_photo, decode_photo
+
+    encoded = io.BytesIO()
+    heif.from_pillow(drawn_photo()).save(encoded, quality=90)
+    assert decode_photo(encoded.getvalue(), LIMITS).size == drawn_photo().size
+    with pytest.raises(TooLargeError, match="megapixels"):
+        check_photo(encoded.getvalue(), Limits(pixels=1000))
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -219,6 +219,21 @@ def test_paste_zoom_and_the_end_of_the_session(page, server):
     assert httpx.get(address).status_code == 404  # the photo has gone with the visitor
 
 
+def test_drop_and_heic(page, photos, tmp_path):
+    heif = pytest.importorskip("pillow_heif", reason="needs the extra `heif`")
+    heif.from_pillow(shaded_disc(400, 300)).save(tmp_path / "phone.heic", quality=90)
+    zone = page.locator("#photos").bounding_box()
+    place = {"x": zone["x"] + zone["width"] / 2, "y": zone["y"] + zone["height"] / 2}
+    dragged = {"items": [], "files": [*photos(1), str(tmp_path / "phone.heic")], "dragOperationsMask": 1}
+    mouse = page.context.new_cdp_session(page)
+    for kind in ("dragEnter", "dragOver", "drop"):
+        mouse.send("Input.dispatchDragEvent", {"type": kind, **place, "data": dragged})
+    wait_for_status(page, "2 of 2 photos cut out.")
+    page.locator("#strip button").nth(1).click()
+    page.wait_for_function("() => document.querySelector('#viewer .caption').innerText.startsWith('phone.heic')")
+    assert poll(page, lambda picture: picture.size == (400, 300)).getpixel((200, 150))[3] > 200
+
+
 def axe_script() -> Path | None:
     """axe-core's script: the file that AXE_CORE names, or the one that npm has installed globally."""
     candidates = [os.environ.get("AXE_CORE", ""), "/usr/local/lib/node_modules/axe-core/axe.min.js"]

@@ -45,8 +45,22 @@ def test_table_and_picture(benchmark, tmp_path):
         {"set": name, "seed": seed, "photos": 20, "mae_before": 0.2, "iou_before": 0.5, "mae": 0.1, "iou": iou}
         for name, seed, iou in (("polyps", 2, 0.8), ("polyps", 1, 0.7), ("tiles", 1, 0.4))
     ]
-    _, _, polyps, tiles = benchmark.table(rows).splitlines()
+    _, _, polyps, tiles, mean = benchmark.table(rows).splitlines()
     assert polyps == "| polyps | 20 | 0.500 | 0.700, 0.800 | 50% | 0.2000 | 0.1000, 0.1000 |"
     assert "| -20% |" in tiles  # A set that got worse is shown as such.
+    assert "| 15% |" in mean  # of 50 % and -20 %
     benchmark.draw(rows, tmp_path / "chart.png")
     assert Image.open(tmp_path / "chart.png").width > 300
+
+
+def test_table_replaces_the_one_in_a_document(benchmark, tmp_path):
+    path = tmp_path / "page.md"
+    path.write_text(f"before\n{benchmark.BEGIN}\nold\n{benchmark.END}\nafter\n")
+    row = {"set": "polyps", "seed": 1, "photos": 20, "mae_before": 0.2, "iou_before": 0.5, "mae": 0.1, "iou": 0.8}
+    benchmark.write_table([row], path)
+    text = path.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "| polyps |" in text and "old" not in text
+    (tmp_path / "other.md").write_text("no markers")
+    with pytest.raises(SystemExit, match="lacks"):
+        benchmark.write_table([row], tmp_path / "other.md")
+    assert (tmp_path / "other.md").read_text() == "no markers"

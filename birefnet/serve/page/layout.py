@@ -41,9 +41,11 @@ def mount_page(app: FastAPI, server: Server) -> None:
     sessions = Sessions(server.limits)
     app.include_router(picture_routes(server, sessions))
     keys = server.keys
+    blocks = _build(gradio, server, sessions)
+    _accept_only_uploads(gradio, blocks)
     gradio.mount_gradio_app(
         app,
-        _build(gradio, server, sessions),
+        blocks,
         path="/",
         auth=(lambda name, key: keys.accept(key)) if keys else None,
         auth_message="Any user name, and an API key as the password." if keys else None,
@@ -59,6 +61,21 @@ def mount_page(app: FastAPI, server: Server) -> None:
         css=(FOLDER / "page.css").read_text(encoding="utf-8"),
         head=f"<script>{(FOLDER / 'page.js').read_text(encoding='utf-8')}</script>",
     )
+
+
+def _accept_only_uploads(gradio, blocks) -> None:
+    """
+    Refuses every path and URL that a client gives in place of an upload of its own.
+
+    In an application that is mounted and not launched, Gradio takes any file of the server's disk. It fetches URLs in
+    both cases.
+    """
+    blocks.has_launched = True  # Gradio then checks that a file is in the folder of uploads
+
+    async def refuse(url: str, *arguments, **options):
+        raise gradio.exceptions.InvalidPathError("URLs are not fetched for the page.")
+
+    gradio.processing_utils.async_ssrf_protected_download = refuse
 
 
 def _theme(gradio):

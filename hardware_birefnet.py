@@ -340,8 +340,8 @@ def convolve_and_activate(
     """
     `activation(F.conv2d(maps, ...) + addend)`, where possible in one pass over the output.
 
-    In a small network, separate passes over the output take as long as the convolutions. The result is the same to
-    the bit.
+    In a small network, separate passes over the output take as long as the convolutions. The results differ by
+    rounding at most.
 
     Args:
         maps: (B, C, H, W).

@@ -6,6 +6,7 @@ import random
 import socket
 import threading
 import time
+import urllib.request
 from collections import Counter
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -59,13 +60,16 @@ class FaultyProxy:
 
 @contextmanager
 def faulty_s3():
-    """moto's S3 server behind a `FaultyProxy`."""
+    """moto's S3 server behind a `FaultyProxy`, without any bucket."""
     from moto.server import ThreadedMotoServer
 
     moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     moto.start()
+    host, port = moto.get_host_and_port()
+    # moto keeps the buckets of earlier servers of this process.
+    urllib.request.urlopen(f"http://{host}:{port}/moto-api/reset", data=b"").close()
     try:
-        with FaultyProxy(moto.get_host_and_port()) as proxy:
+        with FaultyProxy((host, port)) as proxy:
             yield proxy
     finally:
         moto.stop()

@@ -117,7 +117,7 @@ def test_every_kind_of_picture_leads_to_a_variant_with_a_reason(kind):
 
 def test_which_prints_name_and_reason(capsys):
     assert main(["variants", "which", "camouflaged"]) == 0
-    assert capsys.readouterr().out.startswith("COD (ZhengPeng7/BiRefNet-COD)\nIt is the one that learned")
+    assert capsys.readouterr().out.startswith("COD (ZhengPeng7/BiRefNet-COD)\nIt is the only variant")
 
     assert main(["variants", "which", "large", "print", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["variant"] == "HR"

@@ -56,8 +56,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs `birefnet serve` until it is stopped, and returns its exit code."""
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise CommandError(f"this needs {', '.join(missing)}: pip install 'birefnet-transformers[serve]'")
-    from birefnet.serve.running import serve
+    from birefnet.serve.running import limit_heaps, serve
 
+    limit_heaps()
     return serve(build_app(arguments), arguments.host, arguments.port)
 
 

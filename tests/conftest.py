@@ -1,5 +1,9 @@
 """Fixtures of several test modules, such as a complete but tiny model folder."""
 
+import os
+import shutil
+import subprocess
+
 import pytest
 
 
@@ -49,3 +53,20 @@ def tiny_model_folder(tmp_path_factory):
     model.save_pretrained(folder)
     BiRefNetImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def node_modules(tmp_path_factory):
+    """A folder with the npm packages of all tests. `BIREFNET_NODE_MODULES` names one that has them already."""
+    packages = ["@huggingface/transformers@4", "onnxruntime-web", "playwright-core@1", "axe-core@4"]
+    if given := os.environ.get("BIREFNET_NODE_MODULES"):
+        return given
+    if shutil.which("npm") is None:
+        pytest.skip("npm is not installed")
+    folder = tmp_path_factory.mktemp("node")
+    (folder / "package.json").write_text('{"private": true}')
+    command = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", *packages]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        pytest.skip(f"npm cannot install {' '.join(packages)}: {done.stderr.strip()[-300:]}")
+    return str(folder / "node_modules")

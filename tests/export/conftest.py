@@ -42,25 +42,6 @@ def embedded_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def node_modules(tmp_path_factory):
-    """
-    A folder with the npm packages. `BIREFNET_NODE_MODULES` names one that has them already.
-    """
-    packages = ["@huggingface/transformers@4", "onnxruntime-web", "playwright-core@1"]
-    if given := os.environ.get("BIREFNET_NODE_MODULES"):
-        return given
-    if shutil.which("npm") is None:
-        pytest.skip("npm is not installed")
-    folder = tmp_path_factory.mktemp("node")
-    (folder / "package.json").write_text('{"private": true}')
-    command = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", *packages]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-    if done.returncode:
-        pytest.skip(f"npm cannot install {' '.join(packages)}: {done.stderr.strip()[-300:]}")
-    return str(folder / "node_modules")
-
-
-@pytest.fixture(scope="session")
 def run_node(node_modules, tmp_path_factory):
     """Runs a script of this folder in Node with the packages; gives its standard output."""
     place = tmp_path_factory.mktemp("scripts")

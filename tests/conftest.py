@@ -62,7 +62,7 @@ def node_modules(tmp_path_factory):
     if given := os.environ.get("BIREFNET_NODE_MODULES"):
         return given
     if shutil.which("npm") is None:
-        pytest.skip("npm is not installed")
+        pytest.skip("needs npm, which brings the JavaScript packages: apt install npm")
     folder = tmp_path_factory.mktemp("node")
     (folder / "package.json").write_text('{"private": true}')
     command = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", *packages]

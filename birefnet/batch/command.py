@@ -200,7 +200,7 @@ class _Batch:
         from birefnet.batch.manifest import FOLDER
 
         content = {"settings": self.task.settings, "model_name": self.settings.model_name}
-        with _told_of(self.storage):
+        with _explained_errors(self.storage):
             self.storage.remove_partial_files()
             self.storage.write(f"{FOLDER}/settings.json", (json.dumps(content, indent=2) + "\n").encode())
 
@@ -252,13 +252,13 @@ class _Batch:
 
     def _finish(self, progress, errors: dict[str, dict], stopped: BaseException | None) -> int:
         """Removes replaced results, writes errors and report, and raises what has stopped the run."""
-        with _told_of(self.storage):
+        with _explained_errors(self.storage):
             errors = self._settle(errors, complete=stopped is None)
         report = self._report(progress, errors, stopped)
         if self.arguments.json:
             print(json.dumps(report))
         try:
-            with _told_of(self.storage):
+            with _explained_errors(self.storage):
                 self._write_report(report, errors, progress.course)
         except CommandError as error:
             if stopped is None:
@@ -300,8 +300,8 @@ class _Batch:
 
 
 @contextmanager
-def _told_of(storage) -> Iterator[None]:
-    """Turns errors of a sink into messages."""
+def _explained_errors(storage) -> Iterator[None]:
+    """Raises the errors of a sink that cannot be written as `CommandError`, with its name."""
     from birefnet.batch.storage import StorageError
 
     try:

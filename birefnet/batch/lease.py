@@ -2,11 +2,10 @@
 One run at a time writes to a sink.
 
 On a local disk, the operating system locks the file `SINK/_birefnet/run`, and unlocks it when the process ends,
-however it ends. Object stores have no locks. There, a run writes its name and a count into this file every 20 s.
-Another run that finds the file watches it: a count that goes on belongs to a run at work.
+however it ends. Object stores have no locks, and Windows has others. There, a run writes its name and a count into
+this file every 20 s. Another run that finds the file watches it: a count that goes on belongs to a run at work.
 """
 
-import fcntl
 import json
 import os
 import socket
@@ -22,6 +21,11 @@ from birefnet.batch.manifest import FOLDER
 from birefnet.batch.storage import Storage, StorageError
 from birefnet.errors import CommandError
 
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 NAME = f"{FOLDER}/run"
 SECONDS_BETWEEN_SIGNS = 20
@@ -48,7 +52,8 @@ def only_run(storage: Storage) -> Iterator[Lease]:
     Raises:
         CommandError: another run has it, or the sink cannot be written.
     """
-    with (_lock if storage.is_local else _signs_of_life)(storage) as lease:
+    has_locks = storage.is_local and fcntl is not None
+    with (_lock if has_locks else _signs_of_life)(storage) as lease:
         yield lease
 
 
@@ -80,7 +85,7 @@ def _signs_of_life(storage: Storage) -> Iterator[Lease]:
         _sign(storage, name, 0)
     except (OSError, StorageError) as error:
         raise CommandError(f"{storage.url} cannot be written: {error}") from error
-    thread = threading.Thread(target=_go_on, args=(storage, name, lease, ended), daemon=True)
+    thread = threading.Thread(target=_keep_signing, args=(storage, name, lease, ended), daemon=True)
     thread.start()
     try:
         yield lease
@@ -106,7 +111,7 @@ def _watch(storage: Storage) -> None:
         found = now
 
 
-def _go_on(storage: Storage, name: str, lease: Lease, ended: threading.Event) -> None:
+def _keep_signing(storage: Storage, name: str, lease: Lease, ended: threading.Event) -> None:
     """Writes signs of life until the run has ended, or another run's sign is found."""
     count = 0
     while not ended.wait(SECONDS_BETWEEN_SIGNS):

@@ -2,11 +2,13 @@
 
 import json
 
+import fsspec
 import pytest
 
 from birefnet.command_line import main
 
 from ..drawn_photos import draw_pair
+from .faulty_storage import faulty_s3, s3_environment
 
 
 @pytest.fixture
@@ -33,3 +35,15 @@ def batch(tiny_model_folder, capsys):
         return code, json.loads(output) if output else None, errors
 
     return run
+
+
+@pytest.fixture
+def s3(monkeypatch):
+    """An S3 server without faults, which this process and those that it starts use."""
+    pytest.importorskip("s3fs", reason="s3fs is not installed (extra `batch`)")
+    pytest.importorskip("moto.server", reason="moto, flask and flask-cors are not installed (extra `test`)")
+    with faulty_s3() as proxy:
+        for name, value in s3_environment(proxy).items():
+            monkeypatch.setenv(name, value)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        yield proxy

@@ -45,3 +45,13 @@ def test_a_run_notices_that_another_has_taken_over(sink):
         with pytest.raises(CommandError, match="taken over the sink: process 7 of elsewhere"):
             first.check()
     assert b"process 7" in sink.read(lease.NAME)
+
+
+def test_a_system_without_fcntl_has_signs_of_life_on_its_disk_too(sink, tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "fcntl", None)
+    folder = Storage(str(tmp_path))
+    with only_run(folder):
+        assert b'"count": ' in folder.read(lease.NAME)
+        with pytest.raises(CommandError, match="another run writes to"):
+            only_run(folder).__enter__()
+    assert not folder.exists(lease.NAME)

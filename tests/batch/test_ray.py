@@ -3,26 +3,12 @@
 import os
 import signal
 
-import fsspec
 import pytest
 
 from birefnet.batch import report
 from birefnet.batch.storage import Storage
 
-from .faulty_storage import faulty_s3, s3_environment
 from .sink_contents import pictures, records
-
-
-@pytest.fixture
-def s3(monkeypatch):
-    """An S3 server without faults, which this process and those that it starts use."""
-    pytest.importorskip("s3fs", reason="s3fs is not installed (extra `batch`)")
-    pytest.importorskip("moto.server", reason="moto and flask-cors are not installed (extra `test`)")
-    with faulty_s3() as proxy:
-        for name, value in s3_environment(proxy).items():
-            monkeypatch.setenv(name, value)
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
-        yield proxy
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from birefnet.batch import lease, storage
 from birefnet.batch.storage import Storage
 
 from ..hub_server import LoopbackHub
-from .faulty_storage import faulty_gcs, faulty_s3, faulty_web_server, s3_environment
+from .faulty_storage import faulty_gcs, faulty_web_server
 from .sink_contents import pictures, records
 
 
@@ -39,14 +39,8 @@ def run_in_bucket(batch, proxy, url, photos, folder, faults):
     assert not (folder / lease.NAME).exists()
 
 
-def test_s3(batch, photos, tmp_path, monkeypatch, expected):
-    pytest.importorskip("s3fs", reason="s3fs is not installed (extra `batch`)")
-    pytest.importorskip("moto.server", reason="moto, flask and flask-cors are not installed (extra `test`)")
-    with faulty_s3() as proxy:
-        for name, value in s3_environment(proxy).items():
-            monkeypatch.setenv(name, value)
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
-        run_in_bucket(batch, proxy, "s3://shop", photos, tmp_path / "received", faults=0.1)
+def test_s3(batch, photos, tmp_path, s3, expected):
+    run_in_bucket(batch, s3, "s3://shop", photos, tmp_path / "received", faults=0.1)
     assert pictures(tmp_path / "received") == expected
     assert "d41d8cd98f00b204e9800998ecf8427e" in {r["version"] for r in records(tmp_path / "received")}  # an ETag
 

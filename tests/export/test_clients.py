@@ -63,7 +63,7 @@ def test_a_published_repository_serves_python_and_transformers_js(tiny_model_fol
 
 def test_page_in_chromium(embedded_folder, run_node, node_modules, photo, tmp_path):
     if CHROMIUM is None:
-        pytest.skip("chromium is not installed")
+        pytest.skip("needs a browser that runs the page: apt install chromium")
     folder, _ = embedded_folder
     site = tmp_path / "site"
     site.mkdir()

@@ -328,13 +328,21 @@ class WindowAttention(nn.Module):
                 windows = hidden_states.index_select(0, partition.to_windows[positions])
                 if partition.is_token is not None:
                     windows = windows * partition.is_token[positions]
-                yield self.attend(embed(windows).view(-1, tokens, 3 * channels), group_bias)
+                yield self.attend(*self.split_heads(windows, embed), group_bias)
             start += number
 
-    def attend(self, qkv: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:  # (n, w², 3C) → (n·w², C)
-        number, tokens, channels = *qkv.shape[:2], qkv.shape[2] // 3
-        qkv = qkv.view(number, tokens, 3, self.num_heads, channels // self.num_heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (n, heads, w², 32)
+    def split_heads(self, windows: torch.Tensor, embed: Callable) -> tuple[torch.Tensor, ...]:
+        """Query, key and value, each (n, heads, w², 32), of windows (n·w², C). `embed` is the layer `qkv`."""
+        shape = (-1, self.window_size**2, self.num_heads, windows.shape[-1] // self.num_heads)
+        if torch.compiler.is_exporting():  # other runtimes copy each part of a joint product
+            layers = zip(self.qkv.weight.chunk(3), self.qkv.bias.chunk(3), strict=True)
+            return tuple(F.linear(windows, *layer).view(shape).transpose(1, 2) for layer in layers)
+        qkv = embed(windows).view(*shape[:2], 3, *shape[2:])
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor
+    ) -> torch.Tensor:  # (n, heads, w², 32) each → (n·w², C)
         if self.config._attn_implementation == "eager":
             scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5 + bias
             attended = scores.softmax(dim=-1) @ value
@@ -342,7 +350,7 @@ class WindowAttention(nn.Module):
             attended = attend_with_batched_products(query, key, value, bias)
         else:
             attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        return attended.transpose(1, 2).reshape(number * tokens, channels)
+        return attended.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 class SwinMLP(nn.Module):

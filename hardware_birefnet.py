@@ -300,7 +300,10 @@ def convolves_faster_channels_first(like: torch.Tensor, channels: int, pixels: i
     Whether maps of `channels` channels and `pixels` pixels, of the device of `like`, should be channels-first.
 
     On a CPU, convolving 3072 channels of 14² pixels takes half of the time that it takes in channels-last memory.
+    Other runtimes, for which the network is exported, keep all maps channels-first.
     """
+    if torch.compiler.is_exporting():
+        return True
     return like.device.type == "cpu" and not torch.compiler.is_compiling() and channels > pixels
 
 

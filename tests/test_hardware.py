@@ -130,9 +130,10 @@ def test_window_attention_chooses_its_operator(monkeypatch, dtype, has_arithmeti
     monkeypatch.setattr(F if is_batched else torch, replaced, None)  # the other one must not be called
     attention = WindowAttention(BiRefNetConfig(attn_implementation="sdpa"), 64, num_heads=2, window_size=3).to(dtype)
     torch.nn.init.normal_(attention.relative_position_bias_table)
-    qkv = random(5, 9, 3 * 64).to(dtype)
+    windows = random(5 * 9, 64).to(dtype)
     with torch.set_grad_enabled(with_gradients):
-        found = attention.attend(qkv, attention.relative_position_bias())
+        heads = attention.split_heads(windows, attention.qkv)
+        found = attention.attend(*heads, attention.relative_position_bias())
     assert found.shape == (45, 64) and found.isfinite().all()
     if with_gradients:
         found.sum().backward()

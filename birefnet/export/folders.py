@@ -82,6 +82,7 @@ def write_programs(model, processor, out, targets, file_format, size, dynamic_ba
         )
     own_size = (processor.size["height"], processor.size["width"])
     size = own_size if size is None or is_dynamic else size
+    _check_other_files(Path(out), size, targets)
     pairs = expected_logits(model, processor, photo or draw_picture(), input_shapes(size, is_dynamic, dynamic_batch))
     folder = next(iter(targets.values())).parent
     try:
@@ -97,9 +98,10 @@ def write_programs(model, processor, out, targets, file_format, size, dynamic_ba
                 agreement = compare(network, pairs, dtype, target.name)
                 del network  # it may hold the file open
                 reports.append(_report(target, written, dtype, agreement))
-                for file in _with_weights(written):
-                    shutil.copyfile(file, target.with_name(f".{file.name}.part"))
-                    os.replace(target.with_name(f".{file.name}.part"), target.with_name(file.name))
+                for file in reversed(_with_weights(written)):  # a program never waits for its weights
+                    whole = Path(scratch, "whole")
+                    shutil.copyfile(file, whole)  # other dtypes are still made from the file itself
+                    os.replace(whole, target.with_name(file.name))
                 write_settings(Path(out), model.config, processor, size)
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -149,6 +151,23 @@ def _check_space(folder: Path, model, count: int) -> None:
     needed, free = (count + 2) * weights, shutil.disk_usage(folder).free
     if free < needed:
         raise CommandError(f"{folder} has {free / 1e9:.1f} GB free; exporting needs about {needed / 1e9:.1f} GB.")
+
+
+def _check_other_files(out: Path, size: tuple[int, int], targets) -> None:
+    """Raises `CommandError` if files that stay in the folder have another size: one processor serves them all."""
+    from birefnet.inference.runtimes import FILES
+
+    paths = [out / name / file for name, files in FILES.items() for file in files.values()]
+    others = [path for path in paths if path.is_file() and path not in targets.values()]
+    settings = out / "preprocessor_config.json"
+    if not others or not settings.is_file():
+        return
+    found = json.loads(settings.read_text(encoding="utf-8"))["size"]
+    if found != {"height": size[0], "width": size[1]}:
+        raise CommandError(
+            f"{others[0]} stays in {out}, which is for {found['height']}x{found['width']} and not for "
+            f"{size[0]}x{size[1]}. Give another folder for another size."
+        )
 
 
 def _with_weights(path: Path) -> list[Path]:

@@ -20,6 +20,9 @@ STEPS = (2, 128)
 # to offsets. float16 has whole numbers only from 1024 on.
 KEPT_IN_FLOAT32 = ("DeformConv", "Resize")
 
+# Size of the samples that one DeformConv stores: small enough for a processor's cache, large enough for all cores.
+SAMPLES_BYTES = 16 * 2**20
+
 
 def trace_onnx(model, pixel_values, dynamic_size: bool, dynamic_batch: bool):
     """
@@ -162,20 +165,45 @@ def _onnx_operators(model):
 
 
 def _onnx_deform_conv(hidden_states, offsets, modulator, weight, bias=None):
-    """The network's deformable convolution as ONNX DeformConv, faster there than GridSample or Gather."""
+    """
+    The network's deformable convolution as ONNX DeformConv, faster there than GridSample or Gather.
+
+    ONNX Runtime stores the samples of all output rows before it multiplies them by the kernel. Several operators, each
+    for every n-th row, store less at a time. An operator of row stride n computes rows 0, n, 2n, … Offsets that are
+    larger by i pixels make them rows i, n + i, 2n + i, …
+    """
     import torch
 
     side = weight.shape[-1]
     bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
-    attributes = {"kernel_shape": [side, side], "pads": [side // 2] * 4, "strides": [1, 1], "dilations": [1, 1]}
-    return torch.onnx.ops.symbolic(
-        "DeformConv",
-        (hidden_states, weight, offsets, bias, 2 * torch.sigmoid(modulator)),
-        {**attributes, "group": 1, "offset_group": 1},
-        dtype=hidden_states.dtype,
-        shape=(hidden_states.shape[0], weight.shape[0], *hidden_states.shape[2:]),
-        version=OPSET,
-    )
+    bands = _number_of_bands(*hidden_states.shape[1:], side)
+    attributes = {"kernel_shape": [side, side], "pads": [side // 2] * 4, "strides": [bands, 1], "dilations": [1, 1]}
+    modulation = 2 * torch.sigmoid(modulator)
+    outputs = []
+    for band in range(bands):
+        rows = slice(band, None, bands)
+        moved = offsets[:, :, rows] + offsets.new_tensor([band, 0]).repeat(side**2).view(-1, 1, 1)
+        output = torch.onnx.ops.symbolic(
+            "DeformConv",
+            (hidden_states, weight, moved, bias, modulation[:, :, rows]),
+            {**attributes, "group": 1, "offset_group": 1},
+            dtype=hidden_states.dtype,
+            shape=(hidden_states.shape[0], weight.shape[0], *moved.shape[2:]),
+            version=OPSET,
+        )
+        outputs.append(output)
+    return torch.stack(outputs, dim=3).flatten(
+        2, 3
+    )  # (B, out channels, H / bands, bands, W) → (B, out channels, H, W)
+
+
+def _number_of_bands(channels: int, height, width, side: int) -> int:
+    """How many operators share the rows of a deformable convolution. A size that is not fixed has one operator."""
+    if not (isinstance(height, int) and isinstance(width, int)):
+        return 1
+    size = 4 * channels * side**2 * width * height  # of all samples, in bytes
+    fitting = (bands for bands in range(1, height) if height % bands == 0 and size // bands <= SAMPLES_BYTES)
+    return next(fitting, height)
 
 
 class OnnxProgram:
@@ -315,19 +343,18 @@ def round_deformable_weights(graph) -> None:
     import numpy as np
     from onnx import helper, numpy_helper
 
-    weights = {tensor.name: tensor for tensor in graph.graph.initializer}
+    names = {node.input[1] for node in graph.graph.node if node.op_type == "DeformConv"}
+    weights = [tensor for tensor in graph.graph.initializer if tensor.name in names]
     nodes = []
-    for node in graph.graph.node:
-        if node.op_type == "DeformConv" and node.input[1] in weights:
-            tensor = weights[node.input[1]]
-            values = numpy_helper.to_array(tensor)  # (out, C, k, k)
-            scale = np.maximum(np.abs(values).reshape(len(values), -1).max(axis=1), 1e-30) / 127
-            levels = np.round(values / scale.reshape(-1, 1, 1, 1)).astype(np.int8)
-            graph.graph.initializer.remove(tensor)
-            names = [f"{tensor.name}_quantized", f"{tensor.name}_scale"]
-            for name, array in zip(names, (levels, scale.astype(np.float32)), strict=True):
-                graph.graph.initializer.append(numpy_helper.from_array(array, name))
-            nodes.append(helper.make_node("DequantizeLinear", names, [tensor.name], axis=0))
-        nodes.append(node)
+    for tensor in weights:
+        values = numpy_helper.to_array(tensor)  # (out, C, k, k)
+        scale = np.maximum(np.abs(values).reshape(len(values), -1).max(axis=1), 1e-30) / 127
+        levels = np.round(values / scale.reshape(-1, 1, 1, 1)).astype(np.int8)
+        inputs = [f"{tensor.name}_quantized", f"{tensor.name}_scale"]
+        for name, array in zip(inputs, (levels, scale.astype(np.float32)), strict=True):
+            graph.graph.initializer.append(numpy_helper.from_array(array, name))
+        graph.graph.initializer.remove(tensor)
+        nodes.append(helper.make_node("DequantizeLinear", inputs, [tensor.name], axis=0))
+    nodes.extend(graph.graph.node)
     del graph.graph.node[:]
     graph.graph.node.extend(nodes)

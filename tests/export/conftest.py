@@ -47,10 +47,12 @@ def run_node(node_modules, tmp_path_factory):
     place = tmp_path_factory.mktemp("scripts")
     (place / "node_modules").symlink_to(node_modules)
 
-    def run(script, *arguments, timeout=300):
+    def run(script, *arguments, timeout=300, **environment):
         shutil.copy(os.path.join(os.path.dirname(__file__), script), place)
         command = ["node", str(place / script), *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, env={**os.environ, **environment}
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from birefnet.hub.folders import write_folder
-from birefnet.hub.publish import add_onnx, verify_repository
-from birefnet.inference import load_model, load_remover
+from birefnet.inference import load_remover
 from birefnet.photos.drawing import draw_picture
+
+from ..hub.test_variants import stand_in_program
+from ..hub_server import HubClient, LoopbackHub
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -45,20 +46,35 @@ def test_transformers_js(embedded_folder, run_node, photo, tmp_path):
         assert np.abs(read_alpha(tmp_path / f"alpha.{name}") - expected).max() <= 2
 
 
-def test_a_published_repository_serves_python_and_transformers_js(tiny_model_folder, request, tmp_path):
-    model, processor = load_model(tiny_model_folder)
-    folder = tmp_path / "repository"
-    folder.mkdir()
-    write_folder(folder, model, processor, "card")
-    add_onnx(folder, model, processor)
-    assert verify_repository(folder, model, processor) <= 1e-3  # in a fresh process, with the code in the folder
-
-    run_node, photo = request.getfixturevalue("run_node"), tmp_path / "photo.png"
+def test_a_published_repository_serves_python_and_transformers_js(tiny_model_folder, run_node, tmp_path):
+    """From `birefnet publish --onnx` through a local Hub to both clients."""
+    repository, photo = "me/BiRefNet-portrait", tmp_path / "photo.png"
     draw_picture(64, 64).save(photo)
-    run_node("background_removal.mjs", folder, photo, tmp_path / "alpha", "fp32")
+    publish = ["publish", "portrait", "--repo", repository, "--onnx", "--checkpoints", str(tiny_model_folder)]
+    with LoopbackHub(tmp_path / "hub") as hub:
+        publisher, stranger = (HubClient(hub.environment(tmp_path / name)) for name in ("home", "stranger"))
+        publisher.run(stand_in_program(tiny_model_folder / "model.safetensors"))
+        status = publisher.run(f"""
+from birefnet.command_line import main
+settings = {{**VARIANTS["portrait"].processor, "size": {{"height": 64, "width": 64}}}}
+VARIANTS["portrait"] = dataclasses.replace(VARIANTS["portrait"], processor=settings)
+result = main({publish!r})
+""")
+        assert status == 0
+        files = {f"onnx/{name}.onnx" for name in ("model", "model_fp16", "model_quantized")}
+        assert files < set(hub.files(repository))
+        expected = stranger.run(f"""
+import numpy
+from transformers import pipeline
+remover = pipeline("background-removal", model={repository!r}, trust_remote_code=True)
+result = numpy.asarray(remover({str(photo)!r}, return_mask=True)).tolist()
+""")
+        run_node("background_removal.mjs", repository, photo, tmp_path / "alpha", "fp32", HF_ENDPOINT=hub.url)
+        for client in (publisher, stranger):
+            client.close()
     alpha = np.fromfile(tmp_path / "alpha.fp32", np.uint8).reshape(64, 64).astype(int)
     assert alpha.std() > 10
-    assert np.abs(alpha - python_alpha(photo, model=str(folder))).max() <= 2
+    assert np.abs(alpha - expected).max() <= 2
 
 
 def test_page_in_chromium(embedded_folder, run_node, node_modules, photo, tmp_path):

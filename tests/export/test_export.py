@@ -10,10 +10,11 @@ from PIL import Image
 
 from birefnet.command_line import main
 from birefnet.errors import CommandError, UsageError
-from birefnet.export import BiRefNetOnnxModel, BiRefNetOpenVINOModel, export_model, folders, verification
+from birefnet.export import BiRefNetOnnxModel, BiRefNetOpenVINOModel, export_model, folders, programs, verification
 from birefnet.inference import load_model, load_remover
 from birefnet.photos.drawing import draw_picture
 from birefnet.repository.configuration_birefnet import BiRefNetConfig
+from birefnet.repository.deformable_birefnet import deformable_convolution
 from birefnet.repository.image_processing_birefnet import BiRefNetImageProcessor
 from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
 from birefnet.repository.pipeline_birefnet import BiRefNetPipeline
@@ -23,8 +24,7 @@ from .. import reference_weights
 
 slow = pytest.mark.skipif(os.environ.get("BIREFNET_SLOW") != "1", reason="takes minutes: set BIREFNET_SLOW=1")
 
-for name in ("onnx", "onnxscript", "onnxruntime"):
-    pytest.importorskip(name)
+onnx, _, onnxruntime = (pytest.importorskip(name) for name in ("onnx", "onnxscript", "onnxruntime"))
 
 
 def write(network, out, file_format="onnx", size=None, dynamic_batch=False, dtypes=("float32",)):
@@ -66,6 +66,27 @@ def test_swin_network_in_openvino(tiny_swin, tmp_path):
     write(tiny_swin, tmp_path, "openvino", dtypes=("float32", "float16"))
     network = BiRefNetOpenVINOModel(tmp_path / "openvino" / "openvino_model.xml", tiny_swin[0].config)
     assert relative_difference(tiny_swin[0], network, torch.randn(1, 3, 64, 96)) <= 1e-4
+
+
+def test_deformable_convolution_in_bands(tmp_path, monkeypatch):
+    monkeypatch.setattr(programs, "SAMPLES_BYTES", 4 * 5 * 9 * 6 * 3)  # three rows of the samples below
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, channels, 12, 6, generator=generator) for channels in (5, 18, 9)]
+    inputs[1] *= 3  # offsets of several pixels
+    weight = torch.randn(4, 5, 3, 3, generator=generator)
+
+    class Layer(torch.nn.Module):
+        def forward(self, hidden_states, offsets, modulator):
+            return programs._onnx_deform_conv(hidden_states, offsets, modulator, weight)
+
+    file = tmp_path / "model.onnx"
+    torch.onnx.export(Layer(), tuple(inputs), dynamo=True, opset_version=programs.OPSET, verbose=False).save(file)
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    [found] = session.run(None, {entry.name: x.numpy() for entry, x in zip(session.get_inputs(), inputs, strict=True)})
+    expected = deformable_convolution(*inputs, weight)
+    assert torch.allclose(torch.from_numpy(found), expected, atol=1e-4)
+    operators = [node.op_type for node in onnx.load(file).graph.node]
+    assert operators.count("DeformConv") == 4
 
 
 @slow
@@ -127,6 +148,15 @@ def test_existing_files_are_kept(embedded_folder, capsys):
     assert main(["export", "embedded", str(folder)]) == 1
     assert "model.onnx exists and was kept; --overwrite replaces it" in capsys.readouterr().err
     assert (folder / "onnx" / "model.onnx").stat().st_mtime_ns == before
+
+
+def test_one_folder_is_for_one_size(embedded_folder):
+    folder, _ = embedded_folder
+    before = (folder / "preprocessor_config.json").read_text()
+    with pytest.raises(CommandError, match="which is for 448x448 and not for 64x96"):
+        export_model("embedded", folder, "torch", (64, 96))
+    assert (folder / "preprocessor_config.json").read_text() == before
+    assert not (folder / "torch").exists()
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,8 @@ def test_an_own_folder_keeps_its_configuration_and_processor(tiny_model_folder, 
 COMFYUI_PROGRAM = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
+from comfy.cli_args import args
+args.cpu = True  # ComfyUI looks for a GPU when its modules are imported
 import comfy.ops
 from comfy.background_removal.birefnet import BiRefNet
 from safetensors.torch import load_file

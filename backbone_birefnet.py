@@ -253,11 +253,10 @@ def partition_windows(shape: tuple[int, int, int], size: int, shift: int, like: 
     # A copy as the target, since OpenVINO takes new tensors for float32, which cannot be indices.
     from_windows = order.clone().scatter_(0, order, padded).view(batch, padded_height, padded_width)
 
-    image, row, column = (
-        order // (padded_height * padded_width),
-        order // padded_width % padded_height,
-        order % padded_width,
-    )
+    image = order // (padded_height * padded_width)  # no remainders, which exporters lack for sizes that are not fixed
+    place = order - image * (padded_height * padded_width)
+    row = place // padded_width
+    column = place - row * padded_width
     to_windows = (image * height + row.clamp(max=height - 1)) * width + column.clamp(max=width - 1)
     is_token = None
     if (padded_height, padded_width) != (height, width):

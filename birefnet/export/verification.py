@@ -8,9 +8,9 @@ import torch
 from birefnet.errors import CommandError
 
 
-# float32: largest difference of the logits, in their standard deviations. float16 and int8: mean difference of the
-# mattes. Single pixels on edges differ by more: rounding the embedded weights alone to float16 changes one by 0.0065.
-TOLERANCES = {"float32": 1e-4, "float16": 2e-4, "int8": 3e-2}
+# float32: largest difference of the logits, in their standard deviations. float16: largest difference of the mattes.
+# int8: mean difference of the mattes, as single pixels on edges differ by much more.
+TOLERANCES = {"float32": 1e-4, "float16": 2e-3, "int8": 3e-2}
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Agreement:
 
     def measure(self, dtype: str) -> float:
         """The number that the tolerance of this dtype limits."""
-        return self.logits if dtype == "float32" else self.matte_mean
+        return {"float32": self.logits, "float16": self.matte, "int8": self.matte_mean}[dtype]
 
     def describe(self, dtype: str) -> str:
         if dtype == "float32":

@@ -245,7 +245,7 @@ class OpenVINOProgram:
 
 
 def halve_openvino_constants(program):
-    """A copy of an `openvino.Model` with large constants in float16, which OpenVINO restores when it loads the file."""
+    """A copy of an `openvino.Model` with its large constants in float16. OpenVINO restores them when it loads them."""
     import numpy as np
     import openvino
     from openvino import opset13

@@ -26,7 +26,7 @@ class Timing:
     matte_mean: float  # mean difference of the matte from that of PyTorch in float32
 
     def describe(self) -> str:
-        return f"{self.name:28} {self.seconds:8.3f} s   mattes differ by {self.matte_mean:.1e} on average"
+        return f"{self.name:32} {self.seconds:8.3f} s   mattes differ by {self.matte_mean:.1e} on average"
 
 
 def measure(source, folder, photo=None, rounds: int = ROUNDS, others: dict | None = None) -> list[Timing]:
@@ -90,11 +90,11 @@ def _exported_ways(folder, config) -> dict:
             load = partial(RUNTIMES[file_format], path, config)
             ways[f"{titles[file_format]} {dtype}"] = load()
             if file_format == "openvino":
-                ways[f"{titles[file_format]} {dtype}, own choice"] = load(precision=None)
+                ways[f"{titles[file_format]} {dtype}, own precision"] = load(precision=None)
     return ways
 
 
-def recommend(timings: list[Timing], exact: float = 1e-4) -> str:
+def recommend(timings: list[Timing], exact: float = 1e-5) -> str:
     """A sentence that names the fastest way of all and the fastest of those whose mattes are PyTorch's."""
     fastest = timings[0]
     faithful = next(timing for timing in timings if timing.matte_mean <= exact)

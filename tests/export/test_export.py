@@ -80,7 +80,9 @@ def test_deformable_convolution_in_bands(tmp_path, monkeypatch):
             return programs._onnx_deform_conv(hidden_states, offsets, modulator, weight)
 
     file = tmp_path / "model.onnx"
-    torch.onnx.export(Layer(), tuple(inputs), dynamo=True, opset_version=programs.OPSET, verbose=False).save(file)
+    torch.onnx.export(Layer().eval(), tuple(inputs), dynamo=True, opset_version=programs.OPSET, verbose=False).save(
+        file
+    )
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     [found] = session.run(None, {entry.name: x.numpy() for entry, x in zip(session.get_inputs(), inputs, strict=True)})
     expected = deformable_convolution(*inputs, weight)

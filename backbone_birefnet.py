@@ -209,11 +209,6 @@ def relative_position_index(window_size: int) -> torch.Tensor:
     return row_distance * (2 * window_size - 1) + column_distance
 
 
-def is_symbolic(size) -> bool:
-    """Whether a size is open in an exported program, which then has to serve odd and even sizes alike."""
-    return isinstance(size, torch.SymInt)
-
-
 class WindowPartition(NamedTuple):
     """
     Partition of B maps of H×W tokens into windows of w² tokens, as indices of tokens.
@@ -258,13 +253,14 @@ def partition_windows(shape: tuple[int, int, int], size: int, shift: int, like: 
     # A copy as the target, since OpenVINO takes new tensors for float32, which cannot be indices.
     from_windows = order.clone().scatter_(0, order, padded).view(batch, padded_height, padded_width)
 
-    image = order // (padded_height * padded_width)  # no remainders, which exporters lack for sizes that are not fixed
-    place = order - image * (padded_height * padded_width)
-    row = place // padded_width
-    column = place - row * padded_width
+    image, row, column = (
+        order // (padded_height * padded_width),
+        order // padded_width % padded_height,
+        order % padded_width,
+    )
     to_windows = (image * height + row.clamp(max=height - 1)) * width + column.clamp(max=width - 1)
     is_token = None
-    if is_symbolic(height) or (padded_height, padded_width) != (height, width):
+    if (padded_height, padded_width) != (height, width):
         is_token = ((row < height) & (column < width)).to(like.dtype).unsqueeze(-1)
     masks = shifted_window_masks(size, shift, like)
     groups = [(group.shape[0], mask) for group, mask in zip(groups, masks, strict=True)]
@@ -410,7 +406,7 @@ class PatchMerging(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, H, W, C) → (B, ⌈H/2⌉, ⌈W/2⌉, 2C)
         height, width = hidden_states.shape[1:3]
-        if is_symbolic(height) or height % 2 or width % 2:
+        if height % 2 or width % 2:
             hidden_states = F.pad(hidden_states, (0, 0, 0, width % 2, 0, height % 2))
         phases = [hidden_states[:, row::2, column::2] for row, column in ((0, 0), (1, 0), (0, 1), (1, 1))]
         return self.reduction(self.norm(torch.cat(phases, dim=-1)))

@@ -77,8 +77,8 @@ def write_programs(model, processor, out, targets, file_format, size, dynamic_ba
     is_dynamic = size == "dynamic"
     if is_dynamic and model.config.backbone.startswith("swin_v1"):
         raise UsageError(
-            f"--size dynamic: a Swin network ({model.config.backbone}) has one file per size. How many windows are "
-            "shifted depends on the size, and runtimes plan their memory for one such number."
+            f"--size dynamic: a Swin network ({model.config.backbone}) has one file per size. How many windows "
+            "it has depends on the size, and the exporter takes such numbers for constants."
         )
     own_size = (processor.size["height"], processor.size["width"])
     size = own_size if size is None or is_dynamic else size

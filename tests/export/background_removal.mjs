@@ -7,7 +7,7 @@ import { env, pipeline } from '@huggingface/transformers';
 
 const [folder, photo, out, ...dtypes] = process.argv.slice(2);
 const hub = process.env.HF_ENDPOINT;
-if (hub) Object.assign(env, { remoteHost: hub, allowLocalModels: false, useFSCache: false });
+if (hub) Object.assign(env, { remoteHost: hub, allowLocalModels: false, cacheDir: `${out}.cache` });
 else Object.assign(env, { localModelPath: dirname(folder), allowRemoteModels: false });
 const model = hub ? folder : basename(folder);
 for (const dtype of dtypes) {

@@ -213,6 +213,8 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
             logits = compute_from_recording(self, lambda images: self.compute_as_planned(images).logits, pixel_values)
             output = BiRefNetImageSegmentationOutput(logits=logits)
         else:
+            if self.last_call is not None:  # frees its memory
+                self.last_call = None
             output = self.compute_as_planned(pixel_values, labels, output_hidden_states)
         return output if return_dict else output.to_tuple()
 

@@ -33,8 +33,9 @@ class LastCall:
         self.state = state
         self.program: Callable[[torch.Tensor], torch.Tensor] | None = None
         # The state holds addresses. They are not used again while these references exist.
-        self.references = [*network.modules(), *(module.__dict__.get("forward") for module in network.modules())]
-        self.tensors = [tensor for module in network.modules() for tensor in parameters_and_buffers(module)]
+        modules = modules_of(network)
+        self.references = [*modules, *(module.__dict__.get("forward") for module in modules)]
+        self.tensors = [tensor for module in modules for tensor in parameters_and_buffers(module)]
         self.rows = [first_of_each_row(tensor) for tensor in self.tensors if tensor.is_floating_point()]
         self.numbers = torch.cat(self.rows)
 
@@ -88,16 +89,24 @@ def describe_call(network: nn.Module, pixel_values: torch.Tensor) -> list | None
     """
     state = [pixel_values.shape, pixel_values.stride(), pixel_values.dtype, dict(vars(network.config))]
     numbers = 0
-    for module in network.modules():
+    for module in modules_of(network):
         if module.training or module._forward_hooks or module._forward_pre_hooks:
             return None
         state += (id(module), id(module.__dict__.get("forward")))
         for tensor in parameters_and_buffers(module):
-            if tensor.is_inference() or tensor.device.type != "cpu":  # changes of inference tensors are not counted
+            if tensor.is_inference() or not tensor.is_cpu:  # changes of inference tensors are not counted
                 return None
             state += (id(tensor), tensor.data_ptr(), tensor._version)
             numbers += tensor.numel()
     return state if is_worth_recording(numbers) else None
+
+
+def modules_of(network: nn.Module) -> list[nn.Module]:
+    """As `network.modules()`, which takes several times as long."""
+    modules = [network]
+    for module in modules:  # the list grows while it is read
+        modules.extend(child for child in module._modules.values() if child is not None)
+    return modules
 
 
 def parameters_and_buffers(module: nn.Module) -> list[torch.Tensor]:

@@ -216,6 +216,7 @@ def test_contexts_that_change_the_arithmetic_are_neither_recorded_nor_replayed(m
 def test_gradients_labels_and_features_are_computed(model):
     record(model)
     assert model(image()).logits.requires_grad
+    assert model.last_call is None  # its memory is free for the training
     with torch.inference_mode():
         output = model(image(), labels=torch.ones(1, 64, 64), output_hidden_states=True)
         assert output.loss.item() > 0

@@ -229,9 +229,7 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
         arithmetic = self.dtype if computes_as_stored else compute_plan(pixel_values.device, self.dtype).arithmetic
         if arithmetic == self.dtype:
             return self.compute(pixel_values.to(self.dtype), labels, output_hidden_states)
-        with ConvertedWeights(
-            self.dtype, arithmetic
-        ):  # half-precision weights on a CPU that is faster in another dtype
+        with ConvertedWeights(self.dtype, arithmetic):  # half-precision weights on a CPU without that arithmetic
             output = self.compute(pixel_values.to(arithmetic), labels, output_hidden_states)
         output.logits = output.logits.to(self.dtype)
         if output.hidden_states is not None:

@@ -7,12 +7,22 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .deformable_birefnet import ATTENTION_BLOCKS
 from .hardware_birefnet import (
+    composes_faster,
     convolve_and_activate,
     convolve_to_one_channel,
     convolves_faster_channels_first,
     fastest_layout,
 )
-from .layers_birefnet import IDENTITY, RELU, convolve, convolve_and_normalize, fold_batch_norm, image_laplacian, resize
+from .layers_birefnet import (
+    IDENTITY,
+    RELU,
+    convolve,
+    convolve_and_normalize,
+    fold_batch_norm,
+    image_laplacian,
+    is_plain,
+    resize,
+)
 
 
 class DecoderBlock(nn.Module):
@@ -91,7 +101,11 @@ class SourceBlock(GradientCheckpointingLayer):
         self.conv_out = nn.Conv2d(64, out_channels, 3, padding=1)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return self.conv_out(self.conv1(image))
+        first, second = self.conv1, self.conv_out
+        layers_are_plain = is_plain(first, "Conv2d") and is_plain(second, "Conv2d")
+        if layers_are_plain and composes_faster(image, first.out_channels, second.out_channels):
+            return convolve_twice(image, first.weight, first.bias, second.weight, second.bias)
+        return second(first(image))
 
     def forward_with_head(self, image: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         """

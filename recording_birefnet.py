@@ -20,6 +20,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .hardware_birefnet import is_worth_recording, prepack_convolution
 
 
+# Numbers of each parameter and buffer that are compared in each call. All of them would take 5 ms.
+SAMPLES = 8
+
+
 class LastCall:
     """
     The last call of a network that did not match the call before it.
@@ -36,13 +40,13 @@ class LastCall:
         modules = modules_of(network)
         self.references = [*modules, *(module.__dict__.get("forward") for module in modules)]
         self.tensors = [tensor for module in modules for tensor in parameters_and_buffers(module)]
-        self.rows = [first_of_each_row(tensor) for tensor in self.tensors if tensor.is_floating_point()]
-        self.numbers = torch.cat(self.rows)
+        self.samples = [sample(tensor) for tensor in self.tensors if tensor.is_floating_point()]
+        self.numbers = torch.cat(self.samples)
 
     def is_repeated(self, state: list) -> bool:
         """Whether the network is called again in the same state, with unchanged parameters and buffers."""
         # PyTorch counts changes of a tensor, which the state includes. It does not count changes through `.data`.
-        return self.state == state and torch.equal(torch.cat(self.rows), self.numbers)
+        return self.state == state and torch.equal(torch.cat(self.samples), self.numbers)
 
 
 def compute_from_recording(
@@ -52,8 +56,8 @@ def compute_from_recording(
     `function(pixel_values)`, recorded in the second of several equal calls and replayed in the later ones.
 
     A call equals the one before it if the images have the same shape, dtype and memory layout, and the network has the
-    same modules, configuration, parameters and buffers. A change of parameters through `.data` is noticed if it
-    changes the first number of a row, where a row belongs to one output channel.
+    same modules, configuration, parameters and buffers. PyTorch counts the changes of a tensor. It does not count
+    changes in place through `.data`. Those are noticed if they change one of eight numbers of a parameter.
 
     Args:
         network: The network that `function` computes. Its attribute `last_call` holds the recording.
@@ -114,10 +118,11 @@ def parameters_and_buffers(module: nn.Module) -> list[torch.Tensor]:
     return [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
 
 
-def first_of_each_row(tensor: torch.Tensor) -> torch.Tensor:
-    """View of the first number of each `tensor[i]`: (n, …) → (n,)."""
-    tensor = tensor.detach()
-    return tensor[(slice(None), *(0,) * (tensor.ndim - 1))] if tensor.ndim else tensor.view(1)
+def sample(tensor: torch.Tensor) -> torch.Tensor:
+    """View of up to `SAMPLES` numbers of a tensor, evenly spaced along its first dimension."""
+    tensor = torch.atleast_1d(tensor.detach())
+    step = max(1, -(-len(tensor) // SAMPLES))
+    return tensor[(slice(None, None, step), *(0,) * (tensor.ndim - 1))]
 
 
 class Recorder(TorchDispatchMode):

@@ -9,8 +9,8 @@ from .deformable_birefnet import ATTENTION_BLOCKS
 from .hardware_birefnet import (
     composes_faster,
     convolve_and_activate,
+    convolve_in_blocks,
     convolve_to_one_channel,
-    convolves_faster_channels_first,
     fastest_layout,
 )
 from .layers_birefnet import (
@@ -105,6 +105,8 @@ class SourceBlock(GradientCheckpointingLayer):
         layers_are_plain = is_plain(first, "Conv2d") and is_plain(second, "Conv2d")
         if layers_are_plain and composes_faster(image, first.out_channels, second.out_channels):
             return convolve_twice(image, first.weight, first.bias, second.weight, second.bias)
+        if layers_are_plain:
+            return second(convolve_in_blocks(image, first.weight, first.bias, padding=1))
         return second(first(image))
 
     def forward_with_head(self, image: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
@@ -202,16 +204,12 @@ def image_to_patches(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor
     """
     Cut the image into patches of `size` (h, w), stacked as channels: (B, 3, H, W) → (B, 3·(H/h)·(W/w), h, w).
 
-    The order of the channels is (channel, patch row, patch column). The result has channels-last memory, unless it has
-    more channels than pixels on a CPU.
+    The order of the channels is (channel, patch row, patch column). The result has channels-last memory.
     """
     batch, channels, height, width = image.shape
     h, w = size
     cut = image.view(batch, channels, height // h, h, width // w, w)
-    stacked = channels * (height // h) * (width // w)
-    if convolves_faster_channels_first(image, stacked, h * w):
-        return cut.permute(0, 1, 2, 4, 3, 5).reshape(batch, stacked, h, w)
-    return cut.permute(0, 3, 5, 1, 2, 4).reshape(batch, h, w, stacked).permute(0, 3, 1, 2)
+    return cut.permute(0, 3, 5, 1, 2, 4).reshape(batch, h, w, -1).permute(0, 3, 1, 2)
 
 
 class BiRefNetDecoder(nn.Module):

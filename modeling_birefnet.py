@@ -25,7 +25,7 @@ from .deformable_birefnet import ATTENTION_BLOCKS, ZeroInitializedConvolution
 from .hardware_birefnet import ConvertedWeights, can_record, compute_plan
 from .layers_birefnet import resize
 from .loss_birefnet import BiRefNetLoss, task_loss_weights
-from .recording_birefnet import LastCall, compute_from_recording
+from .recording_birefnet import RecordedCalls
 
 
 if TYPE_CHECKING:  # never runs; makes transformers copy these files when it saves or pushes the model
@@ -171,13 +171,10 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
             self.squeeze_module = nn.Sequential(create_squeeze_block(config, context_channels, channels[-1]))
         self.decoder = BiRefNetDecoder(config, channels, needs_neck=has_one_stride)
         self.loss_function = BiRefNetLoss(task_loss_weights(config.task, config.loss_weights))
-        self.last_call: LastCall | None = None
+        self.recorded_calls = RecordedCalls()
         if config.freeze_backbone:
             self.bb.requires_grad_(False)
         self.post_init()
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"last_call": None}  # copies and pickles have no recording
 
     def forward(
         self,
@@ -210,11 +207,13 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
             return_dict = self.config.return_dict
         returns_logits_only = labels is None and not output_hidden_states and not self.training
         if returns_logits_only and can_record(pixel_values):
-            logits = compute_from_recording(self, lambda images: self.compute_as_planned(images).logits, pixel_values)
+            logits = self.recorded_calls.compute(
+                self, lambda images: self.compute_as_planned(images).logits, pixel_values
+            )
             output = BiRefNetImageSegmentationOutput(logits=logits)
         else:
-            if self.last_call is not None:  # frees its memory
-                self.last_call = None
+            if not torch.compiler.is_compiling():
+                self.recorded_calls.clear()  # frees its memory
             output = self.compute_as_planned(pixel_values, labels, output_hidden_states)
         return output if return_dict else output.to_tuple()
 

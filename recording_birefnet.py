@@ -7,9 +7,11 @@ recorded as a list of PyTorch's operators, and later calls replay the list. Oper
 are left out: their results are constants of the list. The files of the network know nothing of it.
 """
 
+import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import numpy
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
@@ -22,107 +24,118 @@ from .hardware_birefnet import is_worth_recording, prepack_convolution
 
 # Numbers of each parameter and buffer that are compared in each call. All of them would take 5 ms.
 SAMPLES = 8
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 
 
-class LastCall:
+class RecordedCalls:
     """
-    The last call of a network that did not match the call before it.
-
-    Args:
-        network: The network.
-        state: Its state, see [`describe_call`].
-    """
-
-    def __init__(self, network: nn.Module, state: list):
-        self.state = state
-        self.program: Callable[[torch.Tensor], torch.Tensor] | None = None
-        # The state holds addresses. They are not used again while these references exist.
-        modules = modules_of(network)
-        self.references = [*modules, *(module.__dict__.get("forward") for module in modules)]
-        self.tensors = [tensor for module in modules for tensor in parameters_and_buffers(module)]
-        self.samples = [sample(tensor) for tensor in self.tensors if tensor.is_floating_point()]
-        self.numbers = torch.cat(self.samples)
-
-    def is_repeated(self, state: list) -> bool:
-        """Whether the network is called again in the same state, with unchanged parameters and buffers."""
-        # PyTorch counts changes of a tensor, which the state includes. It does not count changes through `.data`.
-        return self.state == state and torch.equal(torch.cat(self.samples), self.numbers)
-
-
-def compute_from_recording(
-    network: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], pixel_values: torch.Tensor
-) -> torch.Tensor:
-    """
-    `function(pixel_values)`, recorded in the second of several equal calls and replayed in the later ones.
+    The calls of a network: recorded in the second of several equal calls, and replayed in the later ones.
 
     A call equals the one before it if the images have the same shape, dtype and memory layout, and the network has the
-    same modules, configuration, parameters and buffers. PyTorch counts the changes of a tensor. It does not count
-    changes in place through `.data`. Those are noticed if they change one of eight numbers of a parameter.
-
-    Args:
-        network: The network that `function` computes. Its attribute `last_call` holds the recording.
-        function: Forward pass in evaluation mode, without gradients, hooks of modules, or random numbers.
-        pixel_values: (B, 3, H, W).
-
-    Returns:
-        The result of `function`. Replayed, it differs by rounding at most.
+    same modules, attributes, configuration, parameters and buffers. PyTorch counts the changes of a tensor. It does not
+    count changes in place through `.data`. Those are noticed if they change one of eight numbers of a parameter.
     """
-    state = describe_call(network, pixel_values)
-    last = network.last_call
-    if state is None:
-        network.last_call = None
-    elif last is None or not last.is_repeated(state):
-        network.last_call = LastCall(network, state)
-    elif last.program is None:
+
+    def __init__(self):
+        self.last: Snapshot | None = None
+        self.program: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    def clear(self):
+        self.last = self.program = None
+
+    def compute(
+        self, network: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], pixel_values: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        `function(pixel_values)`, computed or replayed.
+
+        Args:
+            network: The network that `function` computes.
+            function: Forward pass in evaluation mode, without gradients.
+            pixel_values: (B, 3, H, W).
+
+        Returns:
+            The result of `function`. Replayed, it differs by rounding at most.
+        """
+        if self.last is None or not self.last.is_unchanged(pixel_values):
+            self.clear()
+            snapshot = Snapshot(network, pixel_values)
+            self.last = snapshot if snapshot.is_recordable() else None
+            return function(pixel_values)
+        if self.program is not None:
+            return self.program(pixel_values)
         recorder = Recorder(pixel_values)
         with recorder:
             output = function(pixel_values)
-        last.program = recorder.finish(output) or function
+        self.program = recorder.finish(output) or function
         return output
-    else:
-        return last.program(pixel_values)
-    return function(pixel_values)
+
+    def __reduce__(self):
+        return RecordedCalls, ()  # copies and files have no recording
 
 
-def describe_call(network: nn.Module, pixel_values: torch.Tensor) -> list | None:
+class Snapshot:
     """
-    All that a recording depends on, except for numbers that change through `.data`.
+    All that a recording depends on.
 
-    Returns:
-        Values that are equal for equal calls. `None` for a call that is not recorded.
+    It is compared in each call, so it consists of lists that few calls of C functions compare. It keeps references to
+    all objects, since addresses of other objects could be used again.
+
+    Args:
+        network: The network.
+        pixel_values: Its images.
     """
-    state = [pixel_values.shape, pixel_values.stride(), pixel_values.dtype, dict(vars(network.config))]
-    numbers = 0
-    for module in modules_of(network):
-        if module.training or module._forward_hooks or module._forward_pre_hooks:
-            return None
-        state += (id(module), id(module.__dict__.get("forward")))
-        for tensor in parameters_and_buffers(module):
-            if tensor.is_inference() or not tensor.is_cpu:  # changes of inference tensors are not counted
-                return None
-            state += (id(tensor), tensor.data_ptr(), tensor._version)
-            numbers += tensor.numel()
-    return state if is_worth_recording(numbers) else None
+
+    def __init__(self, network: nn.Module, pixel_values: torch.Tensor):
+        self.modules = list(network.modules())
+        contents = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+        self.dictionaries = [vars(network.config), *map(vars, self.modules)]
+        self.dictionaries += [getattr(module, name) for module in self.modules for name in contents]
+        self.values = list(self.current_values())
+        self.tensors = [value for value in self.values if isinstance(value, torch.Tensor)]
+        self.images = describe_images(pixel_values)
+        if self.is_recordable():
+            self.samples = [sample(tensor) for tensor in self.tensors]
+            self.numbers = self.current_numbers()
+
+    def is_recordable(self) -> bool:
+        """Whether the network is small, in evaluation mode, on a CPU, and nothing watches or hides its tensors."""
+        return (
+            is_worth_recording(sum(tensor.numel() for tensor in self.tensors))
+            # PyTorch does not count the changes of inference tensors.
+            and all(tensor.is_cpu and not tensor.is_inference() for tensor in self.tensors)
+            and not any(
+                module.training or module._forward_hooks or module._forward_pre_hooks for module in self.modules
+            )
+        )
+
+    def is_unchanged(self, pixel_values: torch.Tensor) -> bool:
+        return (
+            self.images == describe_images(pixel_values)
+            and sum(map(len, self.dictionaries)) == len(self.values)
+            and all(map(operator.is_, self.current_values(), self.values))
+            and self.numbers == self.current_numbers()
+        )
+
+    def current_values(self) -> Iterator:
+        return itertools.chain.from_iterable(map(dict.values, self.dictionaries))
+
+    def current_numbers(self) -> tuple[list[int], list[int], bytes]:
+        """Address, number of changes and sample of each tensor."""
+        versions = map(operator.attrgetter("_version"), self.tensors)
+        return [*map(torch.Tensor.data_ptr, self.tensors)], [*versions], numpy.concatenate(self.samples).tobytes()
 
 
-def modules_of(network: nn.Module) -> list[nn.Module]:
-    """As `network.modules()`, which takes several times as long."""
-    modules = [network]
-    for module in modules:  # the list grows while it is read
-        modules.extend(child for child in module._modules.values() if child is not None)
-    return modules
+def describe_images(pixel_values: torch.Tensor) -> tuple:
+    return pixel_values.shape, pixel_values.stride(), pixel_values.dtype
 
 
-def parameters_and_buffers(module: nn.Module) -> list[torch.Tensor]:
-    """Those of the module itself."""
-    return [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
-
-
-def sample(tensor: torch.Tensor) -> torch.Tensor:
-    """View of up to `SAMPLES` numbers of a tensor, evenly spaced along its first dimension."""
+def sample(tensor: torch.Tensor) -> numpy.ndarray:
+    """View of up to `SAMPLES` numbers of a tensor as integers, evenly spaced along its first dimension."""
     tensor = torch.atleast_1d(tensor.detach())
     step = max(1, -(-len(tensor) // SAMPLES))
-    return tensor[(slice(None, None, step), *(0,) * (tensor.ndim - 1))]
+    row = tensor[(slice(None, None, step), *(0,) * (tensor.ndim - 1))]
+    return row.view(INTEGERS[row.element_size()]).numpy()
 
 
 class Recorder(TorchDispatchMode):

@@ -175,14 +175,29 @@ def test_convolutions_are_separate_passes_where_one_pass_is_impossible(monkeypat
         assert not hardware.can_fuse(maps, relu)
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+def test_convolution_in_blocks_equals_the_operator(monkeypatch, gradients):
+    monkeypatch.setattr(hardware, "CHANNELS_PER_BLOCK", 8)
+    maps, weight, bias = random(2, 20, 6, 7), random(5, 20, 3, 3, seed=1), random(5, seed=2)
+    with torch.set_grad_enabled(gradients):
+        found = hardware.convolve_in_blocks(maps, weight, bias, padding=1)
+    torch.testing.assert_close(found, F.conv2d(maps, weight, bias, padding=1), rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize(
-    ("channels", "pixels", "is_graph", "expected"),
-    [(3072, 196, False, True), (768, 784, False, False), (3072, 196, True, False)],
+    ("shape", "hidden", "out_channels", "expected"),
+    [
+        ((1, 48, 112, 112), 64, 5, True),  # the embedded network at 448²
+        ((1, 192, 56, 56), 64, 14, False),
+        ((1, 48, 256, 256), 64, 48, False),  # lite at 1024²
+    ],
 )
-def test_maps_of_more_channels_than_pixels_are_channels_first(monkeypatch, channels, pixels, is_graph, expected):
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: is_graph)
-    assert hardware.convolves_faster_channels_first(torch.empty(0), channels, pixels) == expected
-    assert not hardware.convolves_faster_channels_first(torch.empty(0, device="meta"), channels, pixels)
+def test_two_convolutions_compose_to_few_channels(shape, hidden, out_channels, expected):
+    maps = torch.empty(1).expand(shape)
+    with torch.no_grad():
+        assert hardware.composes_faster(maps, hidden, out_channels) == expected
+        assert not hardware.composes_faster(torch.empty(shape, device="meta"), hidden, out_channels)
+    assert not hardware.composes_faster(maps, hidden, out_channels)
 
 
 # float32

@@ -32,16 +32,15 @@ class RecordedCalls:
     The calls of a network: recorded in the second of several equal calls, and replayed in the later ones.
 
     A call equals the one before it if the images have the same shape, dtype and memory layout, and the network has the
-    same modules, attributes, configuration, parameters and buffers. PyTorch counts the changes of a tensor. It does not
-    count changes in place through `.data`. Those are noticed if they change one of eight numbers of a parameter.
+    same modules, attributes, configuration, parameters and buffers. PyTorch counts the changes of a tensor. It does
+    not count changes in place through `.data`. Those are noticed if they change one of eight numbers of a parameter.
     """
 
     def __init__(self):
         self.last: Snapshot | None = None
-        self.program: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def clear(self):
-        self.last = self.program = None
+        self.last = None
 
     def compute(
         self, network: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], pixel_values: torch.Tensor
@@ -57,17 +56,17 @@ class RecordedCalls:
         Returns:
             The result of `function`. Replayed, it differs by rounding at most.
         """
-        if self.last is None or not self.last.is_unchanged(pixel_values):
-            self.clear()
+        last = self.last  # other threads may replace it
+        if last is None or not last.is_unchanged(network, pixel_values):
             snapshot = Snapshot(network, pixel_values)
             self.last = snapshot if snapshot.is_recordable() else None
             return function(pixel_values)
-        if self.program is not None:
-            return self.program(pixel_values)
+        if last.program is not None:
+            return last.program(pixel_values)
         recorder = Recorder(pixel_values)
         with recorder:
             output = function(pixel_values)
-        self.program = recorder.finish(output) or function
+        last.program = recorder.finish(output) or function
         return output
 
     def __reduce__(self):
@@ -76,7 +75,7 @@ class RecordedCalls:
 
 class Snapshot:
     """
-    All that a recording depends on.
+    All that a recording depends on, and the recording.
 
     It is compared in each call, so it consists of lists that few calls of C functions compare. It keeps references to
     all objects, since addresses of other objects could be used again.
@@ -87,6 +86,7 @@ class Snapshot:
     """
 
     def __init__(self, network: nn.Module, pixel_values: torch.Tensor):
+        self.program: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.modules = list(network.modules())
         contents = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
         self.dictionaries = [vars(network.config), *map(vars, self.modules)]
@@ -100,18 +100,19 @@ class Snapshot:
 
     def is_recordable(self) -> bool:
         """Whether the network is small, in evaluation mode, on a CPU, and nothing watches or hides its tensors."""
+        is_watched = any(module._forward_hooks or module._forward_pre_hooks for module in self.modules)
         return (
             is_worth_recording(sum(tensor.numel() for tensor in self.tensors))
+            and not is_watched
+            and not any(module.training for module in self.modules)
             # PyTorch does not count the changes of inference tensors.
             and all(tensor.is_cpu and not tensor.is_inference() for tensor in self.tensors)
-            and not any(
-                module.training or module._forward_hooks or module._forward_pre_hooks for module in self.modules
-            )
         )
 
-    def is_unchanged(self, pixel_values: torch.Tensor) -> bool:
+    def is_unchanged(self, network: nn.Module, pixel_values: torch.Tensor) -> bool:
         return (
-            self.images == describe_images(pixel_values)
+            self.modules[0] is network
+            and self.images == describe_images(pixel_values)
             and sum(map(len, self.dictionaries)) == len(self.values)
             and all(map(operator.is_, self.current_values(), self.values))
             and self.numbers == self.current_numbers()

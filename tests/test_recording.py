@@ -40,7 +40,8 @@ def record(model, pixel_values=None):
 
 
 def has_recording(model) -> bool:
-    return isinstance(model.recorded_calls.program, torch.fx.GraphModule)
+    last = model.recorded_calls.last
+    return last is not None and isinstance(last.program, torch.fx.GraphModule)
 
 
 def assert_computes(model, pixel_values=None):
@@ -77,7 +78,7 @@ def test_half_precision_weights_are_converted_once(model, dtype, has_arithmetic,
         found = model(image(1)).logits
     assert found.dtype == expected.dtype == dtype
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
-    constants = [value.dtype for value in model.recorded_calls.program.buffers() if value.ndim == 4]
+    constants = [value.dtype for value in model.recorded_calls.last.program.buffers() if value.ndim == 4]
     assert set(constants) == {torch.bfloat16 if has_arithmetic else torch.float32}
 
 

@@ -306,7 +306,9 @@ def test_only_what_is_needed_is_imported_before_the_network(tiny_model_folder, t
     modules = set(found["modules"])
     assert {"torch", "timm", "birefnet.repository.modeling_birefnet"} <= modules  # the list is complete
     assert not modules & UNNEEDED
-    assert not [name for name in modules if re.match(r"transformers\.models\.(?!auto\.)\w+\.(modeling|image)_", name)]
+    # Older versions of transformers register empty aliases that end in `_fast`.
+    unneeded = re.compile(r"transformers\.models\.(?!auto\.)\w+\.(modeling|image)_(?!\w+_fast$)")
+    assert not [name for name in modules if unneeded.match(name)]
     assert not [name for name in modules if re.match(r"transformers\.pipelines\.(?!base|pt_utils)", name)]
     assert found["compiled"] == found["full_collections"] == 0
     assert found["collector_runs"]

@@ -22,6 +22,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .hardware_birefnet import is_worth_recording, prepack_convolution
 
 
+# Recordings of a network, which differ in the images' shape. Each has its own copy of the weights.
+RECORDINGS = 2
 # Numbers of each parameter and buffer that are compared in each call. All of them would take 5 ms.
 SAMPLES = 8
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
@@ -29,9 +31,9 @@ INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by
 
 class RecordedCalls:
     """
-    The calls of a network: recorded in the second of several equal calls, and replayed in the later ones.
+    The calls of a network: the second of several equal calls is recorded, and later ones are replayed.
 
-    A call equals the one before it if the images have the same shape, dtype and memory layout, and the network has the
+    Calls are equal if the images have the same shape, dtype and memory layout, and the network has the
     same modules, attributes, configuration, parameters and buffers. PyTorch counts the changes of a tensor. It does
     not count changes in place through `.data`. Those are noticed if they change one of eight numbers of a parameter.
     """
@@ -59,16 +61,20 @@ class RecordedCalls:
         last = self.last  # other threads may replace it
         if last is None and not is_worth_recording(sum(tensor.numel() for tensor in network.parameters())):
             return function(pixel_values)
-        if last is None or not last.is_unchanged(network, pixel_values):
-            snapshot = Snapshot(network, pixel_values)
-            self.last = snapshot if snapshot.is_recordable() else None
+        if last is None or not last.is_unchanged(network):
+            last = Snapshot(network)
+            self.last = last if last.is_recordable() else None
+        images = (pixel_values.shape, pixel_values.stride(), pixel_values.dtype)
+        if images not in last.programs:
+            last.programs = {**dict([*last.programs.items()][1 - RECORDINGS :]), images: None}
             return function(pixel_values)
-        if last.program is not None:
-            return last.program(pixel_values)
+        program = last.programs[images]
+        if program is not None:
+            return program(pixel_values)
         recorder = Recorder(pixel_values)
         with recorder:
             output = function(pixel_values)
-        last.program = recorder.finish(output) or function
+        last.programs = {**last.programs, images: recorder.finish(output) or function}
         return output
 
     def __reduce__(self):
@@ -77,25 +83,24 @@ class RecordedCalls:
 
 class Snapshot:
     """
-    All that a recording depends on, and the recording.
+    All of a network that its recordings depend on, and the recordings.
 
     It is compared in each call, so it consists of lists that few calls of C functions compare. It keeps references to
     all objects, since addresses of other objects could be used again.
 
     Args:
         network: The network.
-        pixel_values: Its images.
     """
 
-    def __init__(self, network: nn.Module, pixel_values: torch.Tensor):
-        self.program: Callable[[torch.Tensor], torch.Tensor] | None = None
+    def __init__(self, network: nn.Module):
+        # By the images' shape, strides and dtype. `None` after the first call. Threads replace it, and never change it.
+        self.programs: dict[tuple, Callable[[torch.Tensor], torch.Tensor] | None] = {}
         self.modules = list(network.modules())
         contents = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
         self.dictionaries = [vars(network.config), *map(vars, self.modules)]
         self.dictionaries += [getattr(module, name) for module in self.modules for name in contents]
         self.values = list(self.current_values())
         self.tensors = [value for value in self.values if isinstance(value, torch.Tensor)]
-        self.images = describe_images(pixel_values)
         if self.is_recordable():
             self.samples = [sample(tensor) for tensor in self.tensors]
             self.numbers = self.current_numbers()
@@ -111,10 +116,9 @@ class Snapshot:
             and all(tensor.is_cpu and not tensor.is_inference() for tensor in self.tensors)
         )
 
-    def is_unchanged(self, network: nn.Module, pixel_values: torch.Tensor) -> bool:
+    def is_unchanged(self, network: nn.Module) -> bool:
         return (
             self.modules[0] is network
-            and self.images == describe_images(pixel_values)
             and sum(map(len, self.dictionaries)) == len(self.values)
             and all(map(operator.is_, self.current_values(), self.values))
             and self.numbers == self.current_numbers()
@@ -127,10 +131,6 @@ class Snapshot:
         """Address, number of changes and sample of each tensor."""
         versions = map(operator.attrgetter("_version"), self.tensors)
         return [*map(torch.Tensor.data_ptr, self.tensors)], [*versions], numpy.concatenate(self.samples).tobytes()
-
-
-def describe_images(pixel_values: torch.Tensor) -> tuple:
-    return pixel_values.shape, pixel_values.stride(), pixel_values.dtype
 
 
 def sample(tensor: torch.Tensor) -> numpy.ndarray:

@@ -93,7 +93,7 @@ class Snapshot:
     """
 
     def __init__(self, network: nn.Module):
-        # By the images' shape, strides and dtype. `None` after the first call. Threads replace it, and never change it.
+        # By shape, strides and dtype of the images; `None` after the first call. Threads replace the dictionary whole.
         self.programs: dict[tuple, Callable[[torch.Tensor], torch.Tensor] | None] = {}
         self.modules = list(network.modules())
         contents = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")

@@ -427,6 +427,7 @@ def convolve_in_blocks(maps: torch.Tensor, weight: torch.Tensor, bias: torch.Ten
     """
     if maps.shape[1] <= CHANNELS_PER_BLOCK or not can_fuse(maps, nn.Identity()):
         return F.conv2d(maps, weight, bias, padding=padding)
+    weight, bias = weight.to(maps.dtype), bias.to(maps.dtype)
     blocks = zip(maps.split(CHANNELS_PER_BLOCK, dim=1), weight.split(CHANNELS_PER_BLOCK, dim=1), strict=True)
     output = None
     for block, kernel in blocks:

@@ -184,6 +184,15 @@ def test_convolution_in_blocks_equals_the_operator(monkeypatch, gradients):
     torch.testing.assert_close(found, F.conv2d(maps, weight, bias, padding=1), rtol=1e-5, atol=1e-4)
 
 
+def test_convolution_in_blocks_converts_half_precision_weights(monkeypatch):
+    monkeypatch.setattr(hardware, "CHANNELS_PER_BLOCK", 8)
+    maps, weight, bias = random(2, 20, 6, 7), random(5, 20, 3, 3, seed=1).half(), random(5, seed=2).half()
+    with torch.no_grad(), hardware.ConvertedWeights(torch.float16, torch.float32):
+        found = hardware.convolve_in_blocks(maps, weight, bias, padding=1)
+    expected = F.conv2d(maps, weight.float(), bias.float(), padding=1)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("shape", "hidden", "out_channels", "expected"),
     [

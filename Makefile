@@ -30,7 +30,7 @@ test-oldest: $(OLDEST_VENV)/test.installed  ## run the tests with Python 3.10 an
 $(OLDEST_VENV)/test.installed: pyproject.toml constraints-oldest.txt
 	$(OLDEST_PYTHON) -m venv $(OLDEST_VENV)
 	$(OLDEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt \
-		--editable '.[demo,train,evaluate,heif]' pytest setuptools wheel
+		--editable '.[demo,train,evaluate,heif]' pytest 'setuptools>=77' wheel
 	touch $@
 
 $(VENV)/demo.installed $(VENV)/test.installed: $(VENV)/%.installed: pyproject.toml constraints.txt | $(VENV)/bin/python

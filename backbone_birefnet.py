@@ -20,7 +20,7 @@ from .hardware_birefnet import (
     prepack_layer,
     row_tiles,
 )
-from .layers_birefnet import IDENTITY, fold_batch_norm
+from .layers_birefnet import IDENTITY, fold_batch_norm, is_plain
 
 
 def create_backbone(config):
@@ -144,12 +144,6 @@ def convolve_normalize_activate(hidden_states: torch.Tensor, convolution: nn.Mod
     if type(convolution).__name__ == "Conv2dSame":
         hidden_states, weight, options["padding"] = pad_to_same_size(hidden_states, weight, convolution)
     return convolve_and_activate(hidden_states, weight, bias, activation, **options)
-
-
-def is_plain(module: nn.Module, *names: str) -> bool:
-    """Whether a module is of one of these classes and nothing replaces or watches its forward pass."""
-    is_watched = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return type(module).__name__ in names and not is_watched
 
 
 def pad_to_same_size(

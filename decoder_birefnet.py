@@ -6,8 +6,23 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .deformable_birefnet import ATTENTION_BLOCKS
-from .hardware_birefnet import convolve_and_activate, convolves_faster_channels_first, fastest_layout
-from .layers_birefnet import IDENTITY, RELU, convolve, convolve_and_normalize, fold_batch_norm, image_laplacian, resize
+from .hardware_birefnet import (
+    composes_faster,
+    convolve_and_activate,
+    convolve_in_blocks,
+    convolve_to_one_channel,
+    fastest_layout,
+)
+from .layers_birefnet import (
+    IDENTITY,
+    RELU,
+    convolve,
+    convolve_and_normalize,
+    fold_batch_norm,
+    image_laplacian,
+    is_plain,
+    resize,
+)
 
 
 class DecoderBlock(nn.Module):
@@ -86,7 +101,13 @@ class SourceBlock(GradientCheckpointingLayer):
         self.conv_out = nn.Conv2d(64, out_channels, 3, padding=1)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return self.conv_out(self.conv1(image))
+        first, second = self.conv1, self.conv_out
+        layers_are_plain = is_plain(first, "Conv2d") and is_plain(second, "Conv2d")
+        if layers_are_plain and composes_faster(image, first.out_channels, second.out_channels):
+            return convolve_twice(image, first.weight, first.bias, second.weight, second.bias)
+        if layers_are_plain:
+            return second(convolve_in_blocks(image, first.weight, first.bias, padding=1))
+        return second(first(image))
 
     def forward_with_head(self, image: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         """
@@ -127,7 +148,7 @@ def convolve_twice(
     both = F.conv_transpose2d(second.to(wide), first.to(wide))  # (out, C, 5, 5), correlation of the two kernels
     both_bias = second_bias.to(wide) + second.to(wide).sum(dim=(2, 3)) @ first_bias.to(wide)
     first, first_bias, second = first.to(dtype), first_bias.to(dtype), second.to(dtype)
-    output = F.conv2d(maps, both.to(dtype), both_bias.to(dtype), padding=2)
+    output = convolve_to_one_channel(maps, both.to(dtype), both_bias.to(dtype), padding=2)
 
     def from_outside(edge: torch.Tensor, axis: int, tap: int) -> torch.Tensor:
         """What the hidden pixels outside an edge add to it, by the second kernel's outer row or column `tap`."""
@@ -170,29 +191,28 @@ class LateralBlock(NeckBlock):
         Returns:
             (B, C, h, w)
         """
-        weight, bias = self.conv.weight.to(full.dtype), self.conv.bias.view(1, -1, 1, 1)
+        weight, bias = self.conv.weight.to(full.dtype), self.conv.bias.to(full.dtype)
         if half is not None:
             scales_are_added = weight.shape[1] == full.shape[1]
             weight, half_weight = (weight, weight) if scales_are_added else weight.split(full.shape[1], dim=1)
             deeper = deeper + F.conv2d(half, half_weight)
-        output = resize(deeper + bias, full.shape[-2:])
-        return convolve_and_activate(full, weight, None, IDENTITY, addend=output)
+        output = resize(deeper, full.shape[-2:])  # a new tensor, because `deeper` has another size
+        return convolve_and_activate(full, weight, bias, IDENTITY, addend=output)
 
 
 def image_to_patches(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """
     Cut the image into patches of `size` (h, w), stacked as channels: (B, 3, H, W) → (B, 3·(H/h)·(W/w), h, w).
 
-    The order of the channels is (channel, patch row, patch column). The result has channels-last memory, unless it has
-    more channels than pixels on a CPU.
+    The order of the channels is (channel, patch row, patch column). The result has channels-last memory. Other
+    runtimes, for which the network is exported, keep all maps channels-first.
     """
     batch, channels, height, width = image.shape
     h, w = size
     cut = image.view(batch, channels, height // h, h, width // w, w)
-    stacked = channels * (height // h) * (width // w)
-    if convolves_faster_channels_first(image, stacked, h * w):
-        return cut.permute(0, 1, 2, 4, 3, 5).reshape(batch, stacked, h, w)
-    return cut.permute(0, 3, 5, 1, 2, 4).reshape(batch, h, w, stacked).permute(0, 3, 1, 2)
+    if torch.compiler.is_exporting():
+        return cut.permute(0, 1, 2, 4, 3, 5).reshape(batch, -1, h, w)
+    return cut.permute(0, 3, 5, 1, 2, 4).reshape(batch, h, w, -1).permute(0, 3, 1, 2)
 
 
 class BiRefNetDecoder(nn.Module):
@@ -285,7 +305,7 @@ class BiRefNetDecoder(nn.Module):
         head, bias = self.conv_out1[0].weight, self.conv_out1[0].bias
         from_p1, from_image = head.split([head.shape[1] - self.source_channels(1), self.source_channels(1)], dim=1)
         p1_logits = self.decoder_block1(p1, head=from_p1)
-        logits = resize(p1_logits, image.shape[-2:]) + bias.view(1, 1, 1, 1)
+        logits = resize(p1_logits + bias.view(1, 1, 1, 1), image.shape[-2:])
         if self.config.source_reference is not None:
             logits = logits + self.ipt_blk1.forward_with_head(image, from_image)
         return logits, training_outputs

@@ -22,6 +22,12 @@ CPU_TILE_BYTES = 4 * 2**20
 # Number of channels that one float32 convolution sums on a CPU. A CPU adds the products of a channel sum one after
 # the other, so a short sum loses fewer digits than a long one.
 CHANNELS_PER_SUM = 176
+# Number of input channels whose 3×3 kernels of 64 output channels fit the second-level cache of a CPU.
+CHANNELS_PER_BLOCK = 1024
+# Columns of a map that a convolution to one channel computes at a time on a CPU.
+COLUMNS_PER_VECTOR = 16
+# Largest number of parameters of a network whose calls are recorded. A recording holds a second copy of the weights.
+RECORDED_PARAMETERS = 16_000_000
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -295,16 +301,52 @@ def fastest_layout(maps: torch.Tensor) -> torch.Tensor:
     return maps.contiguous(memory_format=torch.channels_last) if maps.device.type == "cpu" else maps
 
 
-def convolves_faster_channels_first(like: torch.Tensor, channels: int, pixels: int) -> bool:
+def convolve_to_one_channel(
+    maps: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, padding: int
+) -> torch.Tensor:
     """
-    Whether maps of `channels` channels and `pixels` pixels, of the device of `like`, should be channels-first.
+    `F.conv2d` to one channel that keeps the size.
 
-    On a CPU, convolving 3072 channels of 14² pixels takes half of the time that it takes in channels-last memory.
-    Other runtimes, for which the network is exported, keep all maps channels-first.
+    On a CPU, a vector holds 16 output channels, and one channel leaves most of it empty. So neighbouring columns
+    become channels: the kernel is shifted by 0 to 15 columns, and one convolution of stride 16 computes all of them.
+    In channels-last memory its result is the map itself. A 5×5 convolution of a photo takes a third of the time.
+
+    Args:
+        maps: (B, C, H, W).
+        weight: (1, C, k, k) with k = 2·padding + 1.
+        bias: (1,).
+        padding: Zeros on each side.
+
+    Returns:
+        (B, 1, H, W)
     """
-    if torch.compiler.is_exporting():
-        return True
-    return like.device.type == "cpu" and not torch.compiler.is_compiling() and channels > pixels
+    batch, _, height, width = maps.shape
+    is_traced = torch.compiler.is_compiling() or torch.is_grad_enabled()
+    if maps.device.type != "cpu" or is_traced or is_replaced() or len(weight) > 1 or width % COLUMNS_PER_VECTOR:
+        return F.conv2d(maps, weight, bias, padding=padding)
+    kernels = torch.cat([F.pad(weight, (i, COLUMNS_PER_VECTOR - 1 - i)) for i in range(COLUMNS_PER_VECTOR)])
+    stride = (1, COLUMNS_PER_VECTOR)
+    columns = F.conv2d(maps, kernels, bias.expand(COLUMNS_PER_VECTOR).contiguous(), stride, padding)
+    return columns.permute(0, 2, 3, 1).reshape(batch, 1, height, width)
+
+
+def composes_faster(maps: torch.Tensor, hidden: int, out_channels: int) -> bool:
+    """
+    Whether two 3×3 convolutions of `maps` in a row are faster as one 5×5 convolution: few output channels on a CPU.
+
+    A vector holds 16 output channels, so fewer take as long as 16. Small networks alone compose: large ones have more
+    channels, and composing the weights takes time.
+
+    Args:
+        maps: (B, C, H, W).
+        hidden: Output channels of the first convolution.
+        out_channels: Output channels of the second one.
+    """
+    if maps.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_grad_enabled() or is_replaced():
+        return False
+    channels, pixels, vectors = maps.shape[1], maps.shape[2] * maps.shape[3], -(-out_channels // COLUMNS_PER_VECTOR)
+    separate = 9 * hidden * (channels + COLUMNS_PER_VECTOR * vectors)
+    return 1.75 * 25 * channels * COLUMNS_PER_VECTOR * vectors < separate and channels < pixels
 
 
 # oneDNN's names and arguments of the activations that it computes while it writes a convolution's output.
@@ -369,6 +411,101 @@ def convolve_and_activate(
         )
     output = F.conv2d(maps, weight, bias, stride, padding, dilation, groups)
     return activation(output if addend is None else addend.add_(output))
+
+
+def convolve_in_blocks(maps: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, padding: int) -> torch.Tensor:
+    """
+    `F.conv2d` of maps with so many channels that the weight does not fit a CPU's cache.
+
+    oneDNN reads the whole weight for each row of the map. Here it reads a block of `CHANNELS_PER_BLOCK` channels.
+
+    Args:
+        maps: (B, C, H, W).
+        weight: (out, C, k, k).
+        bias: (out,).
+        padding: Zeros on each side.
+    """
+    if maps.shape[1] <= CHANNELS_PER_BLOCK or not can_fuse(maps, nn.Identity()):
+        return F.conv2d(maps, weight, bias, padding=padding)
+    weight, bias = weight.to(maps.dtype), bias.to(maps.dtype)
+    blocks = zip(maps.split(CHANNELS_PER_BLOCK, dim=1), weight.split(CHANNELS_PER_BLOCK, dim=1), strict=True)
+    output = None
+    for block, kernel in blocks:
+        output = convolve_and_activate(block, kernel, bias, nn.Identity(), addend=output, padding=(padding, padding))
+        bias = None  # added once
+    return output
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Recordings of small networks (see recording_birefnet.py)
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def can_record(pixel_values: torch.Tensor) -> bool:
+    """Whether a call with these images may be recorded: inference on a CPU that nothing watches or changes."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
+        return False
+    return (
+        pixel_values.device.type == "cpu"
+        and type(pixel_values) is torch.Tensor
+        and torch.backends.mkldnn.is_available()
+        and not torch.is_autocast_enabled("cpu")
+        and not is_replaced()
+        and not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.nn.modules.module._has_any_global_hook()
+    )
+
+
+def is_worth_recording(parameters: int) -> bool:
+    """
+    Whether calls of a network with this number of parameters and buffers are recorded.
+
+    Large networks spend their time in arithmetic, and a second copy of their weights would take much memory.
+    """
+    return parameters <= RECORDED_PARAMETERS
+
+
+def prepack_convolution(operation, arguments: Sequence, is_variable: Callable) -> tuple:
+    """
+    A convolution with its weight in the memory layout in which oneDNN uses it.
+
+    Otherwise oneDNN copies the weight to this layout in every call.
+
+    Args:
+        operation: An operator of PyTorch.
+        arguments: Its arguments.
+        is_variable: Function that tells whether a tensor changes from call to call.
+
+    Returns:
+        Operator and arguments that compute the same. Other operators and other convolutions are returned as they are.
+    """
+    onednn = torch.ops.mkldnn
+    operation, arguments = as_onednn_convolution(operation, list(arguments))
+    if operation not in (onednn._convolution_pointwise.default, onednn._convolution_pointwise_.binary):
+        return operation, arguments
+    place = 1 if operation is onednn._convolution_pointwise.default else 2  # maps, weight or addend, maps, weight
+    maps, weight, _, *geometry = arguments[place - 1 : place + 6]  # padding, stride, dilation, groups
+    if not is_variable(weight):
+        arguments[place] = onednn._reorder_convolution_weight(weight, *geometry, maps.shape)
+    return operation, arguments
+
+
+def as_onednn_convolution(operation, arguments: list) -> tuple:
+    """PyTorch's operator for 2D convolutions of channels-last maps in float32 as oneDNN's operator."""
+    aten = torch.ops.aten
+    if operation is aten.conv2d.default:
+        maps, weight, bias, stride, padding, dilation, groups = (
+            arguments + [None, [1, 1], [0, 0], [1, 1], 1][len(arguments) - 2 :]
+        )
+    elif operation is aten.convolution.default and not arguments[6]:  # not transposed
+        maps, weight, bias, stride, padding, dilation, _, _, groups = arguments
+    else:
+        return operation, arguments
+    if maps.dtype != torch.float32 or not maps.is_contiguous(memory_format=torch.channels_last):
+        return operation, arguments
+    geometry = (padding, stride, dilation, groups)
+    return torch.ops.mkldnn._convolution_pointwise.default, [maps, weight, bias, *geometry, "none", [], ""]
 
 
 # ------------------------------------------------------------------------------------------------------------------

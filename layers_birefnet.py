@@ -12,6 +12,12 @@ from .hardware_birefnet import convolve_and_activate, loses_digits_in_long_sums,
 IDENTITY, RELU = nn.Identity(), nn.ReLU()
 
 
+def is_plain(module: nn.Module, *names: str) -> bool:
+    """Whether a module is of one of these classes and nothing replaces or watches its forward pass."""
+    is_watched = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module).__name__ in names and not is_watched
+
+
 def resize(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """
     Resize (B, C, h, w) to `size` (H, W), bilinear with aligned corners, as everywhere in BiRefNet.

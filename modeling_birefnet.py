@@ -22,9 +22,10 @@ from .checkpoint_birefnet import (
 from .configuration_birefnet import BiRefNetConfig
 from .decoder_birefnet import BiRefNetDecoder, DecoderBlock
 from .deformable_birefnet import ATTENTION_BLOCKS, ZeroInitializedConvolution
-from .hardware_birefnet import ConvertedWeights, compute_plan
+from .hardware_birefnet import ConvertedWeights, can_record, compute_plan
 from .layers_birefnet import resize
 from .loss_birefnet import BiRefNetLoss, task_loss_weights
+from .recording_birefnet import RecordedCalls
 
 
 if TYPE_CHECKING:  # never runs; makes transformers copy these files when it saves or pushes the model
@@ -170,6 +171,7 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
             self.squeeze_module = nn.Sequential(create_squeeze_block(config, context_channels, channels[-1]))
         self.decoder = BiRefNetDecoder(config, channels, needs_neck=has_one_stride)
         self.loss_function = BiRefNetLoss(task_loss_weights(config.task, config.loss_weights))
+        self.recorded_calls = RecordedCalls()
         if config.freeze_backbone:
             self.bb.requires_grad_(False)
         self.post_init()
@@ -203,17 +205,35 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         if return_dict is None:
             return_dict = self.config.return_dict
+        returns_logits_only = labels is None and not output_hidden_states and not self.training
+        if returns_logits_only and can_record(pixel_values):
+            logits = self.recorded_calls.compute(
+                self, lambda images: self.compute_as_planned(images).logits, pixel_values
+            )
+            output = BiRefNetImageSegmentationOutput(logits=logits)
+        else:
+            if not torch.compiler.is_compiling():
+                self.recorded_calls.clear()  # frees its memory
+            output = self.compute_as_planned(pixel_values, labels, output_hidden_states)
+        return output if return_dict else output.to_tuple()
+
+    def compute_as_planned(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        output_hidden_states: bool = False,
+    ) -> BiRefNetImageSegmentationOutput:
+        """The forward pass in the dtype that is best on this device, with checked arguments."""
         computes_as_stored = self.training or torch.compiler.is_compiling()
         arithmetic = self.dtype if computes_as_stored else compute_plan(pixel_values.device, self.dtype).arithmetic
         if arithmetic == self.dtype:
-            output = self.compute(pixel_values.to(self.dtype), labels, output_hidden_states)
-        else:  # half-precision weights on a CPU that is faster in another dtype
-            with ConvertedWeights(self.dtype, arithmetic):
-                output = self.compute(pixel_values.to(arithmetic), labels, output_hidden_states)
-            output.logits = output.logits.to(self.dtype)
-            if output.hidden_states is not None:
-                output.hidden_states = tuple(maps.to(self.dtype) for maps in output.hidden_states)
-        return output if return_dict else output.to_tuple()
+            return self.compute(pixel_values.to(self.dtype), labels, output_hidden_states)
+        with ConvertedWeights(self.dtype, arithmetic):  # half-precision weights on a CPU without that arithmetic
+            output = self.compute(pixel_values.to(arithmetic), labels, output_hidden_states)
+        output.logits = output.logits.to(self.dtype)
+        if output.hidden_states is not None:
+            output.hidden_states = tuple(maps.to(self.dtype) for maps in output.hidden_states)
+        return output
 
     def compute(
         self, pixel_values: torch.Tensor, labels: torch.Tensor | None, output_hidden_states: bool

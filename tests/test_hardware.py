@@ -176,14 +176,38 @@ def test_convolutions_are_separate_passes_where_one_pass_is_impossible(monkeypat
         assert not hardware.can_fuse(maps, relu)
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+def test_convolution_in_blocks_equals_the_operator(monkeypatch, gradients):
+    monkeypatch.setattr(hardware, "CHANNELS_PER_BLOCK", 8)
+    maps, weight, bias = random(2, 20, 6, 7), random(5, 20, 3, 3, seed=1), random(5, seed=2)
+    with torch.set_grad_enabled(gradients):
+        found = hardware.convolve_in_blocks(maps, weight, bias, padding=1)
+    torch.testing.assert_close(found, F.conv2d(maps, weight, bias, padding=1), rtol=1e-5, atol=1e-4)
+
+
+def test_convolution_in_blocks_converts_half_precision_weights(monkeypatch):
+    monkeypatch.setattr(hardware, "CHANNELS_PER_BLOCK", 8)
+    maps, weight, bias = random(2, 20, 6, 7), random(5, 20, 3, 3, seed=1).half(), random(5, seed=2).half()
+    with torch.no_grad(), hardware.ConvertedWeights(torch.float16, torch.float32):
+        found = hardware.convolve_in_blocks(maps, weight, bias, padding=1)
+    expected = F.conv2d(maps, weight.float(), bias.float(), padding=1)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize(
-    ("channels", "pixels", "is_graph", "expected"),
-    [(3072, 196, False, True), (768, 784, False, False), (3072, 196, True, False)],
+    ("shape", "hidden", "out_channels", "expected"),
+    [
+        ((1, 48, 112, 112), 64, 5, True),  # the embedded network at 448²
+        ((1, 192, 56, 56), 64, 14, False),
+        ((1, 48, 256, 256), 64, 48, False),  # lite at 1024²
+    ],
 )
-def test_maps_of_more_channels_than_pixels_are_channels_first(monkeypatch, channels, pixels, is_graph, expected):
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: is_graph)
-    assert hardware.convolves_faster_channels_first(torch.empty(0), channels, pixels) == expected
-    assert not hardware.convolves_faster_channels_first(torch.empty(0, device="meta"), channels, pixels)
+def test_two_convolutions_compose_to_few_channels(shape, hidden, out_channels, expected):
+    maps = torch.empty(1).expand(shape)
+    with torch.no_grad():
+        assert hardware.composes_faster(maps, hidden, out_channels) == expected
+        assert not hardware.composes_faster(torch.empty(shape, device="meta"), hidden, out_channels)
+    assert not hardware.composes_faster(maps, hidden, out_channels)
 
 
 # float32
@@ -204,3 +228,12 @@ def test_convolution_of_parts_equals_that_of_their_concatenation(dtype):
     assert hardware.loses_digits_in_long_sums(parts[0]) == (dtype == torch.float32)
     found = convolve(parts, weight, bias, padding=1)
     assert (found - expected).abs().max() < (1e-6 if dtype == torch.float32 else 1e-13) * expected.abs().max()
+
+
+@pytest.mark.parametrize(("width", "padding"), [(32, 2), (48, 1), (40, 2)])
+def test_convolution_to_one_channel_equals_the_operator(width, padding):
+    maps = random(2, 3, 20, width).to(memory_format=torch.channels_last)
+    weight, bias = random(1, 3, 2 * padding + 1, 2 * padding + 1, seed=1), random(1, seed=2)
+    with torch.no_grad():
+        found = hardware.convolve_to_one_channel(maps, weight, bias, padding)
+    torch.testing.assert_close(found, F.conv2d(maps, weight, bias, padding=padding))

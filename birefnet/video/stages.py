@@ -10,6 +10,7 @@ import json
 import queue
 import shutil
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -164,8 +165,8 @@ def _run_network(remover, batch: list[_Item]) -> list[_Item]:
 
 
 def _stabilized(batches: Iterable[list[_Item]], stabilizer, segment: int) -> Iterator[_Item]:
-    """The frames with steady logits, each one when the next frame is known."""
-    logits = waiting = None
+    """The frames with steady logits, each one when the frames that count for it are known."""
+    logits, waiting = None, deque()
     for item in (item for batch in batches for item in batch):
         logits = item.data["logits"] = logits if item.is_repeated else item.data["logits"]
         is_last_of_segment = (item.frame.index + 1) % segment == 0
@@ -174,11 +175,12 @@ def _stabilized(batches: Iterable[list[_Item]], stabilizer, segment: int) -> Ite
             yield item
             continue
         steady = stabilizer.step(logits, item.frame.photo)
-        if waiting is not None:
-            yield _with_logits(waiting, steady)
-        item.state, waiting = stabilizer.state() if is_last_of_segment else None, item
-    if waiting is not None:
-        yield _with_logits(waiting, stabilizer.finish())
+        item.state = stabilizer.state() if is_last_of_segment else None
+        waiting.append(item)
+        if steady is not None:
+            yield _with_logits(waiting.popleft(), steady)
+    if stabilizer is not None:
+        yield from map(_with_logits, waiting, stabilizer.finish())
 
 
 def _with_logits(item: _Item, logits) -> _Item:

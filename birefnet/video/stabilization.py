@@ -96,8 +96,10 @@ class Stabilizer:
             before this one, float32, on the CPU. `None` where there is no such frame, or its result was out before
             `restore`.
         """
+        import cv2
+
         own = logits[0, 0].float().sigmoid().cpu().numpy()
-        small = np.asarray(photo.resize(own.shape[::-1], Image.Resampling.BILINEAR))
+        small = cv2.resize(np.asarray(photo), own.shape[::-1], interpolation=cv2.INTER_AREA)
         frame = _Seen(small, own, own, np.ones_like(own))
         if self._last is not None:
             to_last, self._last.to_next = self._links(small, self._last.photo)
@@ -189,7 +191,7 @@ def flow_consistency(flow: np.ndarray, flow_back: np.ndarray, places: np.ndarray
     returned = cv2.remap(flow_back, places, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     error = _squared_length(flow + returned)
     lengths = _squared_length(flow) + _squared_length(returned)
-    x, y = cv2.split(places)
+    x, y = places[..., 0], places[..., 1]
     inside = (x >= 0) & (y >= 0) & (x <= width - 1) & (y <= height - 1)
     return np.exp(-error / (RELATIVE_TOLERANCE * lengths + TOLERANCE)) * inside
 
@@ -214,10 +216,8 @@ def colour_consistency(photo: np.ndarray, warped: np.ndarray) -> np.ndarray:
 
 def _squared_length(vectors: np.ndarray) -> np.ndarray:
     """(h, w, 2) to (h, w)."""
-    import cv2
-
-    x, y = cv2.split(vectors)
-    return x * x + y * y
+    squares = vectors * vectors
+    return squares[..., 0] + squares[..., 1]
 
 
 @functools.lru_cache(maxsize=4)

@@ -48,7 +48,8 @@ FORMATS = {
         ".webm",
         "libvpx-vp9",
         "yuva420p",
-        {"crf": "24", "b": "0", "auto-alt-ref": "0", "deadline": "good", "cpu-used": "5", "row-mt": "1"},
+        # "realtime" takes half the time of "good" at the same error; files are a quarter larger.
+        {"crf": "24", "b": "0", "auto-alt-ref": "0", "deadline": "realtime", "cpu-used": "5", "row-mt": "1"},
         has_alpha=True,
         audio_codec="libopus",
     ),
@@ -179,15 +180,17 @@ def fill_transparent(pixels: np.ndarray, block: int = 16) -> np.ndarray:
 
     height, width = pixels.shape[:2]
     small = (max(1, width // block), max(1, height // block))
-    alpha = pixels[..., 3:].astype(np.float32)
-    premultiplied = cv2.resize(pixels[..., :3] * alpha, small, interpolation=cv2.INTER_AREA)
-    weight = cv2.resize(alpha, small, interpolation=cv2.INTER_AREA)[..., None]
-    total = weight.mean()
-    mean = premultiplied.mean((0, 1)) / total if total > 0 else np.zeros(3, np.float32)
-    near = cv2.GaussianBlur(np.dstack([premultiplied, weight]), (0, 0), 1.5)
+    colours, alpha = cv2.cvtColor(pixels, cv2.COLOR_RGBA2RGB), cv2.extractChannel(pixels, 3)
+    premultiplied = cv2.multiply(colours, cv2.merge([alpha] * 3), dtype=cv2.CV_32F)
+    premultiplied = cv2.resize(premultiplied, small, interpolation=cv2.INTER_AREA).reshape(*small[::-1], 3)
+    weight = cv2.resize(alpha.astype(np.float32), small, interpolation=cv2.INTER_AREA).reshape(*small[::-1], 1)
+    sums = np.dstack([premultiplied, weight])  # (rows, columns, 4)
+    total = sums[..., 3].mean()
+    mean = sums[..., :3].mean((0, 1)) / total if total > 0 else np.zeros(3, np.float32)
+    near = cv2.GaussianBlur(sums, (0, 0), 1.5)
     near = (near[..., :3] + 0.01 * mean) / (near[..., 3:] + 0.01)
-    fill = cv2.resize(near, (width, height), interpolation=cv2.INTER_LINEAR).round().clip(0, 255).astype(np.uint8)
-    return np.dstack([np.where(alpha == 0, fill, pixels[..., :3]), pixels[..., 3]])
+    fill = cv2.resize(near.round().clip(0, 255).astype(np.uint8), (width, height), interpolation=cv2.INTER_LINEAR)
+    return cv2.merge([*cv2.split(cv2.copyTo(colours, alpha, fill)), alpha])  # the photo where alpha is not 0
 
 
 def encode_exr(picture: Image.Image, options: dict) -> bytes:

@@ -4,8 +4,8 @@ How much steadier can mattes get by averaging over time, at best?
     python benchmarks/video_oracle.py clips/ [--quality 28] [--window 5] [NAME ...]
 
 The subjects of `video_clips.py` move along known paths, so their motion needs no estimate. Here each frame's matte is
-the mean, or the median, of the network's mattes along the true motion, and the true matte outside the subject. No method
-that only averages along the motion knows either. What is left of dtSSD is the error that moves with the subject.
+the mean, or the median, of the network's mattes along the true motion. Outside the subject it is the true matte. No
+method that averages along the motion knows either. What is left of dtSSD is the error that moves with the subject.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def to_sprite(motion: Motion, number: int, size: tuple[int, int]) -> np.ndarray:
 
 
 def along_motion(pictures: np.ndarray, motion: Motion, number: int, other: int) -> np.ndarray:
-    """A picture of another frame, moved as the subject moved: (h, w). This frame's own where the other shows nothing."""
+    """A picture of another frame, moved as the subject moved: (h, w). The own one where the other shows nothing."""
     size = pictures.shape[:0:-1]
     way = np.linalg.inv(to_sprite(motion, other, size)) @ to_sprite(
         motion, number, size

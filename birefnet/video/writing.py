@@ -74,10 +74,13 @@ class SegmentWriter:
     """One finished part of a clip: a file of its own, with the times of its frames kept beside it.
 
     Args:
-        path: The file.
-        output_format: One of `FORMATS`.
+        path: The file to write. Its suffix is that of the format.
+        output_format: One of the values of `FORMATS`, not a sequence.
         clip: Where the frames come from: its rate, time base and colours.
-        options: Options of the encoder that replace those of the format.
+        options: FFmpeg's options of the encoder, as strings. They replace those of the format.
+
+    Attributes:
+        times: Times of the frames that were written, in units of the clip's time base.
     """
 
     def __init__(self, path: Path, output_format: Format, clip: Clip, options: dict):
@@ -92,7 +95,15 @@ class SegmentWriter:
         self.encodes_alpha = output_format.has_alpha
 
     def write(self, picture: Image.Image, time: int) -> None:
-        """Encodes one frame, mode RGB, RGBA or L."""
+        """Encodes one frame.
+
+        Args:
+            picture: The frame, mode RGB, RGBA or L. All frames of a segment have the same mode and size.
+            time: When it is shown, in units of the clip's time base.
+
+        Raises:
+            OSError: The file cannot be written, or the encoder refuses the frame or one of its options.
+        """
         if not self.times:
             self._set_up(picture)
         frame = _to_video_frame(picture, self.stream.pix_fmt, self.clip.colours)
@@ -122,7 +133,14 @@ class SegmentWriter:
 
 
 class SequenceWriter:
-    """A part of a sequence: one PNG or EXR file a frame. Takes and has what `SegmentWriter` takes and has."""
+    """A part of a sequence: one PNG or EXR file a frame. It has the methods and `times` of `SegmentWriter`.
+
+    Args:
+        folder: Where the pictures go. They are called 000000.png, 000001.png and so on.
+        output_format: One of the values of `FORMATS`, a sequence.
+        clip: Where the frames come from.
+        first: Number of the first picture.
+    """
 
     def __init__(self, folder: Path, output_format: Format, clip: Clip, first: int):
         self.folder, self.format, self.clip = folder, output_format, clip
@@ -130,6 +148,7 @@ class SequenceWriter:
         self.times: list[int] = []
 
     def write(self, picture: Image.Image, time: int) -> None:
+        """Writes one picture whole or not at all. For the arguments and errors see `SegmentWriter.write`."""
         if self.format.codec is None:
             encoded = encode_picture(picture, "png", {})
         else:
@@ -194,7 +213,16 @@ def fill_transparent(pixels: np.ndarray, block: int = 16) -> np.ndarray:
 
 
 def encode_exr(picture: Image.Image, options: dict) -> bytes:
-    """An OpenEXR file: linear light (sRGB's curve undone), colours premultiplied by alpha, 32-bit floats."""
+    """
+    An OpenEXR file: linear light (the curve of sRGB, IEC 61966-2-1, undone), colours premultiplied by alpha.
+
+    Args:
+        picture: The frame, of any mode. A frame without transparency gets an alpha of 1.
+        options: FFmpeg's options of its EXR encoder, as strings.
+
+    Returns:
+        The file. Its channels are red, green, blue and alpha as 32-bit floats in 0 to 1.
+    """
     av = require_av()
     pixels = np.asarray(picture.convert("RGBA"), np.float32) / 255
     colours, alpha = pixels[..., :3], pixels[..., 3:]
@@ -222,10 +250,11 @@ def join(
     Joins finished segments and the clip's sound into one file, without re-encoding a frame.
 
     Args:
-        segments: The files, in order, each with the times of its frames in units of the clip's time base.
-        destination: Replaced when the new file is complete.
-        output_format: One of `FORMATS`.
-        clip: Where the sound comes from.
+        segments: The files, in order and at least one, each with the times of its frames in units of the clip's time
+            base.
+        destination: The file to write. A file that is there is replaced when the new one is complete.
+        output_format: One of the values of `FORMATS`, not a sequence.
+        clip: Where the sound comes from. Its first audio track is taken.
         span: (start, end) in seconds of the part that was asked for; times in the result count from its start. `None`
             for a whole clip, whose times stay as they are.
 
@@ -310,6 +339,7 @@ def _copied(source, track, copy, start: Fraction | None, end: float | None) -> I
 
 
 def _reencoded(source, track, encoder, start: Fraction | None, end: float | None) -> Iterator[tuple]:
+    """Decoded, resampled to 48 kHz and encoded anew, from `start` to before `end`."""
     av = require_av()
     start = start or 0
     context = encoder.codec_context
@@ -332,7 +362,12 @@ def _reencoded(source, track, encoder, start: Fraction | None, end: float | None
 
 
 def check_encoder(output_format: Format) -> None:
-    """Raises a CommandError where this FFmpeg lacks the encoder."""
+    """
+    Checks that FFmpeg, as PyAV brings it, has the encoder of a format.
+
+    Raises:
+        CommandError: It has not.
+    """
     av = require_av()
     if output_format.codec is None:
         return

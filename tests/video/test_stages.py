@@ -16,6 +16,7 @@ pytest.importorskip("cv2", reason="the extra `video` is not installed")
 from birefnet.video import cut_out_video, stages, video_mattes  # noqa: E402
 from birefnet.video.clips import clip_from  # noqa: E402
 from birefnet.video.stages import Options  # noqa: E402
+from birefnet.video.writing import fill_transparent  # noqa: E402
 
 from ..drawn_clips import decoded, picture, times_of, write_clip  # noqa: E402
 
@@ -108,6 +109,19 @@ def test_backgrounds_masks_and_sequences(tmp_path, run):
         frame = next(container.decode(video=0))
         planes = [np.frombuffer(plane, np.float32).reshape(47, -1)[:, :63] for plane in frame.planes]  # G, B, R, A
     assert np.abs(planes[3] - alpha / 255).max() < 1e-6 and (planes[0] <= planes[3] + 1e-6).all()
+
+
+def test_nothing_of_what_was_cut_away_is_in_the_file():
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (90, 130, 4), np.uint8)
+    pixels[..., 3] = 0
+    pixels[30:60, 40:80] = (200, 100, 50, 255)
+    pixels[30, 40:80, 3] = 90
+    filled = fill_transparent(pixels)
+    shown = pixels[..., 3] > 0
+    assert np.array_equal(filled[shown], pixels[shown]) and np.array_equal(filled[..., 3], pixels[..., 3])
+    assert np.abs(filled[~shown][:, :3].astype(int) - (200, 100, 50)).max() <= 1  # the subject's colour
+    assert not fill_transparent(np.zeros((1, 1, 4), np.uint8)).any()
 
 
 def test_a_run_that_was_stopped_goes_on_exactly(tmp_path, run):

@@ -64,7 +64,7 @@ def process(
             batches as one that was never interrupted.
 
     Yields:
-        Items with the `frame` and the `picture` that `finish` has made. The last item of a segment also has the `state`
+        Items with the `frame` and the `picture` that `finish` has made. The last one of a segment also has the `state`
         of the stabiliser.
 
     Raises:

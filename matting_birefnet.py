@@ -396,13 +396,15 @@ def _fit(matte: torch.Tensor, photo: torch.Tensor, radius: int, epsilon: float) 
     """
     photo_mean, matte_mean = _window_mean(photo, radius), _window_mean(matte[None], radius)[0]
     covariance = _window_mean(photo * matte, radius) - photo_mean * matte_mean  # (3, h, w)
-    # The matrix of products is symmetric: six window means give its nine entries.
-    rows, columns = torch.triu_indices(3, 3).tolist()
-    products = photo_mean.new_empty(3, 3, *matte.shape)
-    products[rows, columns] = products[columns, rows] = _window_mean(photo[rows] * photo[columns], radius)
-    variance = products - photo_mean[:, None] * photo_mean
-    variance.diagonal().add_(epsilon)
+    variance = _window_mean(_products(photo), radius) - _products(photo_mean)  # (6, h, w)
+    for diagonal in (0, 3, 5):
+        variance[diagonal] += epsilon
     return _solve(variance, covariance), photo_mean, matte_mean
+
+
+def _products(photo: torch.Tensor) -> torch.Tensor:
+    """The products of all pairs of colours, RR, RG, RB, GG, GB and BB: (3, h, w) to (6, h, w)."""
+    return torch.cat([photo[i] * photo[i:] for i in range(3)])
 
 
 def _window_mean(maps: torch.Tensor, radius: int) -> torch.Tensor:
@@ -427,16 +429,23 @@ def _check_small_photo(matte: torch.Tensor, small_photo: torch.Tensor) -> None:
 
 def _solve(matrices: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
     """
-    Solves A x = b at each pixel, for symmetric positive definite A (n, n, h, w) and b (n, h, w).
+    Solves A x = b at each pixel, for symmetric positive definite A (3, 3) and b (3, h, w).
 
-    Gaussian elimination without pivoting, which is stable for such A. `torch.linalg.solve` works matrix by matrix and
-    is a hundred times slower.
+    `matrices` (6, h, w) holds the upper triangle of A, row by row. Gaussian elimination without pivoting, which is
+    stable for such A. `torch.linalg.solve` works matrix by matrix and is a hundred times slower.
     """
-    rows = [torch.cat([row, value[None]]) for row, value in zip(matrices, vectors, strict=True)]  # (n + 1, h, w) each
-    for i in range(len(rows)):
-        pivot = rows[i] / rows[i][i]
-        rows = [pivot if j == i else row - row[i] * pivot for j, row in enumerate(rows)]
-    return torch.stack([row[-1] for row in rows])
+    entries, solution = iter(matrices), list(vectors)
+    upper = {(i, j): next(entries) for i in range(3) for j in range(i, 3)}
+    for i, j in ((0, 1), (0, 2), (1, 2)):  # takes row i from row j
+        factor = upper[i, j] / upper[i, i]
+        for k in range(j, 3):
+            upper[j, k] = torch.addcmul(upper[j, k], factor, upper[i, k], value=-1)
+        solution[j] = torch.addcmul(solution[j], factor, solution[i], value=-1)
+    for i in (2, 1, 0):
+        for j in range(i + 1, 3):
+            solution[i] = torch.addcmul(solution[i], upper[i, j], solution[j], value=-1)
+        solution[i] = solution[i] / upper[i, i]
+    return torch.stack(solution)
 
 
 def _rows_resized(maps: torch.Tensor, rows: slice, height: int) -> torch.Tensor:

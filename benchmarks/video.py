@@ -29,6 +29,7 @@ from birefnet.video.writing import FORMATS
 
 SIDES = (512, 1024)
 DTYPES = ("float32", "bfloat16", "int8")
+FILLING = 6  # frames that are under way in the stages, not counted
 PARTS = ("networks", "embedded", "lite", "duplicates")
 
 

@@ -219,6 +219,19 @@ def test_depthwise_convolutions_are_left_alone_without_bfloat16(dataset, tmp_pat
     assert convolutions and not any("forward" in vars(convolution) for convolution in convolutions)
 
 
+def test_convolutions_have_channels_last_on_a_cpu(dataset, tmp_path):
+    """Otherwise they are slower. The saved weights do not show it."""
+    trainer = make_trainer(dataset, tmp_path, more={"average_decay": 0.9})
+    for model in (trainer.model, trainer.average.module):
+        weights = [module.weight for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
+        assert weights and all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    trainer.train()
+    trainer.trained_model.save_pretrained(tmp_path / "saved")
+    loaded = BiRefNetForImageSegmentation.from_pretrained(tmp_path / "saved").state_dict()
+    for name, tensor in trainer.trained_model.state_dict().items():
+        assert torch.equal(loaded[name], tensor) and loaded[name].is_contiguous()
+
+
 # Fine-tuning does not change running statistics
 
 NETWORKS = {

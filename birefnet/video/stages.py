@@ -354,6 +354,8 @@ def write_clip(
     check_encoder(output_format)
     if not output_format.is_sequence and output.suffix.lower() != output_format.suffix:
         raise CommandError(f"{output}: {options.format} needs the suffix {output_format.suffix}")
+    if output.is_file() if output_format.is_sequence else output.is_dir():
+        raise CommandError(f"{output}: this is a {'file' if output_format.is_sequence else 'folder'}")
     work = _Work(clip, output, output_format, options, segment)
     try:
         work.prepare(resume)
@@ -366,9 +368,12 @@ def write_clip(
             work.close_segment(is_whole=False)
             if work.count:
                 work.join()
+            else:
+                work.remove()
             raise
         work.close_segment(is_whole=False)
         if not work.count:
+            work.remove()
             raise CommandError(f"{clip.name}: no frame lies between --start and --end")
         work.join()
         work.remove()

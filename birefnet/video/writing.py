@@ -102,7 +102,8 @@ class SegmentWriter:
             time: When it is shown, in units of the clip's time base.
 
         Raises:
-            OSError: The file cannot be written, or the encoder refuses the frame or one of its options.
+            CommandError: The encoder refuses the size, an option or its value.
+            OSError: The file cannot be written.
         """
         if not self.times:
             self._set_up(picture)
@@ -122,6 +123,20 @@ class SegmentWriter:
         self.stream.width, self.stream.height, self.stream.pix_fmt = width, height, pixel_format
         context.color_primaries, context.color_trc = colours.primaries, colours.transfer
         context.colorspace, context.color_range = colours.matrix, colours.range
+        self._open(context)
+
+    def _open(self, context) -> None:
+        """Starts the encoder now rather than with the first frame, to say what is wrong with its options."""
+        av = require_av()
+        given = ", ".join(f"{name}={value}" for name, value in context.options.items())
+        try:
+            context.open()
+        except av.error.FFmpegError as error:
+            raise CommandError(
+                f"{context.name} cannot encode {context.width}×{context.height} with {given}"
+            ) from error
+        if context.options:  # FFmpeg leaves what it does not know
+            raise CommandError(f"{context.name} has no option {', '.join(context.options)}")
 
     def close(self) -> None:
         """Completes the file: it is playable from here on."""

@@ -213,6 +213,17 @@ def test_errors_of_the_decoder_reach_the_caller(remover):
         list(stages.process(broken(), remover, lambda frame, outputs: None))
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [(("nonsense", "1"), "has no option nonsense"), (("cpu-used", "abc"), "cannot encode 64×48 with .*cpu-used=abc")],
+)
+def test_an_option_that_the_encoder_refuses(tmp_path, run, option, message):
+    source = write_clip(tmp_path / "clip.mp4", 2)
+    with pytest.raises(CommandError, match=message):
+        run(source, "out.webm", format="webm", encoder=(option,))
+    assert [path.name for path in tmp_path.iterdir()] == ["clip.mp4"]
+
+
 def test_a_suffix_of_another_format_is_refused(tmp_path, run):
     with pytest.raises(CommandError, match="needs the suffix .mov"):
         run(write_clip(tmp_path / "clip.mp4", 1), "out.webm", format="prores")
@@ -221,7 +232,13 @@ def test_a_suffix_of_another_format_is_refused(tmp_path, run):
 def test_no_frame_in_the_span(tmp_path, run):
     with pytest.raises(CommandError, match="no frame"):
         run(write_clip(tmp_path / "clip.mp4", 3), format="prores", start=5.0)
-    assert not (tmp_path / "out.mov").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+def test_a_folder_in_the_place_of_the_output(tmp_path, run):
+    (tmp_path / "out.mov").mkdir()
+    with pytest.raises(CommandError, match="is a folder"):
+        run(write_clip(tmp_path / "clip.mp4", 1), format="prores")
 
 
 def test_times_of_a_part_count_from_its_start(tmp_path, run):

@@ -2,7 +2,7 @@
 Speed of `birefnet video`: seconds a frame of the networks alone, the whole way from clip to clip beside the network's
 own throughput, and how much mattes change for frames that hardly differ.
 
-    python benchmarks/video.py CLIP.mp4 [--frames 24] [--threads 2]
+    python benchmarks/video.py CLIP.mp4 [--part networks|embedded|lite|duplicates ...] [--frames 24] [--threads 2]
 
 All numbers of a run come from one process. `benchmarks/video_clips.py` makes clips.
 """
@@ -17,17 +17,20 @@ import numpy as np
 import torch
 from PIL import Image
 from subjects import load_model
+from transformers.utils import ModelOutput
 
 from birefnet import repository_folder
 from birefnet.inference import load_remover
 from birefnet.video.clips import clip_from
 from birefnet.video.stabilization import Stabilizer
-from birefnet.video.stages import Options, write_clip
+from birefnet.video.stages import Options, as_pipeline, write_clip
 from birefnet.video.writing import FORMATS
 
 
 SIDES = (512, 1024)
 DTYPES = ("float32", "bfloat16", "int8")
+FILLING = 6  # frames that are under way in the stages, not counted
+PARTS = ("networks", "embedded", "lite", "duplicates")
 
 
 def seconds_of(function: Callable, times: int) -> float:
@@ -53,10 +56,27 @@ def networks(times: int) -> None:
             print(f"| {name} | {dtype} | {' | '.join(cells)} |", flush=True)
 
 
-def whole_way(path: str, frames: int, side: int) -> None:
-    """Prints frames per second of the network alone and from clip to clip."""
+def lite_pipeline(path: str, side: int):
+    """
+    A pipeline with the network of lite. Its logits are replaced by those of the embedded weights for the first frame.
+
+    Drawn weights give mattes that are gray everywhere, so that the colours would take longer than for any real clip.
+    """
     remover = load_remover(resolution=(side, side))
-    print(f"embedded weights at {side}², {frames} frames")
+    with clip_from(path) as clip, torch.inference_mode():
+        logits = remover.forward([remover.preprocess(next(clip.frames()).photo)])[0]["logits"]
+    remover = as_pipeline(load_model("lite", "float32", "cpu"), remover.image_processor)
+    forward = remover.forward
+
+    def forward_and_replace(items):
+        return [ModelOutput(outputs | {"logits": logits}) for outputs in forward(items)]
+
+    remover.forward = forward_and_replace
+    return remover
+
+
+def whole_way(remover, path: str, frames: int, kinds: tuple[str, ...]) -> None:
+    """Prints frames per second of the network alone and from clip to clip, and the stages' seconds a frame."""
     with clip_from(path) as clip:
         photos = [frame.photo for frame, _ in zip(clip.frames(), range(frames), strict=False)]
         items = [remover.preprocess(photo) for photo in photos]
@@ -65,22 +85,23 @@ def whole_way(path: str, frames: int, side: int) -> None:
         for item in items:
             remover.forward([item])
         alone = len(items) / (time.perf_counter() - start)
-        print(f"network alone: {alone:.2f} frames per second")
-        stabilizer = Stabilizer()
-        logits = outputs[0]["logits"]
-        steps = iter(photos)
-        print(
-            f"stabilisation: {seconds_of(lambda: stabilizer.step(logits, next(steps)), len(photos) - 1):.3f} s a frame"
-        )
-        print(f"matte and colours: {seconds_of(lambda: remover.postprocess(outputs[0]), 4):.3f} s a frame")
+        print(f"network alone, one frame after another: {alone:.2f} frames per second", flush=True)
+        stabilizer, logits, steps = Stabilizer(), outputs[0]["logits"], iter(photos)
+        steady = seconds_of(lambda: stabilizer.step(logits, next(steps)), len(photos) - 1)
+        finished = seconds_of(lambda: remover.postprocess(outputs[0]), 4)
+        print(f"stabilisation: {steady:.3f} s a frame; matte and colours: {finished:.3f} s a frame")
         end = float(frames / clip.rate)
         with tempfile.TemporaryDirectory() as folder:
-            for kind, background in (("h264", (255, 255, 255)), ("webm", None), ("prores", None)):
+            for kind in kinds:
+                background = None if FORMATS[kind].has_alpha else (255, 255, 255)
                 start = time.perf_counter()
                 options = Options(format=kind, background=background, end=end)
                 count = write_clip(clip, Path(folder) / f"out{FORMATS[kind].suffix}", remover, options)
                 rate = count / (time.perf_counter() - start)
-                print(f"clip to {kind}: {rate:.2f} frames per second, {rate / alone:.0%} of the network alone")
+                print(
+                    f"clip to {kind}: {rate:.2f} frames per second, {rate / alone:.0%} of the network alone",
+                    flush=True,
+                )
 
 
 @torch.inference_mode()
@@ -110,15 +131,22 @@ def near_duplicates(path: str) -> None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("clip")
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--frames", type=int, default=24)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--times", type=int, default=2, help="calls of each network that are timed")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    whole_way(arguments.clip, arguments.frames, 448)
-    whole_way(arguments.clip, arguments.frames // 2, 1024)
-    near_duplicates(arguments.clip)
-    networks(arguments.times)
+    if "embedded" in arguments.part:
+        print(f"embedded weights at 448², {arguments.frames} frames")
+        whole_way(load_remover(resolution=(448, 448)), arguments.clip, arguments.frames, ("h264", "webm", "prores"))
+    if "lite" in arguments.part:
+        print(f"lite at 1024², {arguments.frames} frames")
+        whole_way(lite_pipeline(arguments.clip, 1024), arguments.clip, arguments.frames, ("h264", "webm"))
+    if "duplicates" in arguments.part:
+        near_duplicates(arguments.clip)
+    if "networks" in arguments.part:
+        networks(arguments.times)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ of photos that installed packages ship. They move, turn and scale over moving pi
 
 Each clip is αF + (1 − α)B with motion blur (the mean of several moments of the exposure), sensor noise, and H.264
 compression at three qualities. `clips/im/` holds the clips and `clips/gt/` their mattes without loss, as
-`birefnet evaluate --video` reads them.
+`birefnet evaluate --video` reads them. `clips/motions.json` holds each subject's path, for `video_oracle.py`.
 """
 
+import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -176,9 +177,8 @@ def expose(random: np.random.Generator, photo: np.ndarray) -> np.ndarray:
     return (photo + noise).round().clip(0, 255).astype(np.uint8)
 
 
-def draw_clip(random: np.random.Generator, sprite: np.ndarray, background: np.ndarray, is_fast: bool):
+def draw_clip(random: np.random.Generator, sprite: np.ndarray, background: np.ndarray, motions: tuple[Motion, Motion]):
     """The frames of a clip, uint8 (HEIGHT, WIDTH, 3), and their mattes, uint8 (HEIGHT, WIDTH)."""
-    motions = subject_motion(random, is_fast), background_motion(random)
     for number in range(FRAMES):
         photo, matte = render(sprite, background, motions, number)
         yield expose(random, photo), (matte * 255).round().clip(0, 255).astype(np.uint8)
@@ -202,7 +202,8 @@ def write_video(path: Path, frames: list[np.ndarray], codec: str, pixel_format: 
 
 
 def make_clips(folder: Path, names: tuple[str, ...] = (*DRAWN, *CUT), qualities=QUALITIES):
-    """Writes `im/NAME-crfQUALITY.mp4` and `gt/NAME-crfQUALITY.mkv` for every subject and quality."""
+    """Writes `im/NAME-crfQUALITY.mp4`, `gt/NAME-crfQUALITY.mkv` for every subject and quality, and `motions.json`."""
+    paths = {}
     for part in ("im", "gt"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     subjects = photos_with_mattes()
@@ -214,12 +215,15 @@ def make_clips(folder: Path, names: tuple[str, ...] = (*DRAWN, *CUT), qualities=
             sprite = cut_sprite(*subjects[name])
         else:
             sprite = drawn_sprite(random, name, others, background)
-        frames, mattes = zip(*draw_clip(random, sprite, background, is_fast=number % 4 == 3), strict=True)
+        motions = subject_motion(random, is_fast=number % 4 == 3), background_motion(random)
+        paths[name] = asdict(motions[0])
+        frames, mattes = zip(*draw_clip(random, sprite, background, motions), strict=True)
         for quality in qualities:
             options = {"crf": str(quality), "preset": "fast", "threads": "1"}
             write_video(folder / "im" / f"{name}-crf{quality}.mp4", frames, "libx264", "yuv420p", options)
             write_video(folder / "gt" / f"{name}-crf{quality}.mkv", mattes, "ffv1", "gray", {"threads": "1"})
         print(name)
+    (folder / "motions.json").write_text(json.dumps(paths, indent=1))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from birefnet.repository import matting_birefnet
 from birefnet.repository.matting_birefnet import (
     adjust_matte,
     cut_out,
@@ -263,6 +264,18 @@ def test_sharpened_matte_is_unchanged_without_edges_in_the_photo(value):
     assert (sharpened_matte(torch.full((40, 50), value), draw_photo(40, 50)) - value).abs().max() < 1e-4
     wide, gray = draw_disc(40, 50, 10)[0], torch.full((3, 40, 50), 77, dtype=torch.uint8)
     assert (sharpened_matte(wide, gray) - wide).abs().max() < 1e-4
+
+
+def test_tiles_leave_no_trace(monkeypatch):
+    """Certain tiles are skipped: all but the disc's are within 0.003 of 0 or 1, like a network's mattes."""
+    disc = draw_disc(150, 170, 9)
+    photo = (0.7 * disc * 255 + 0.3 * draw_photo(150, 170)).byte()
+    matte = disc[0] * 0.996 + 0.002
+    small_tiles = sharpened_matte(matte, photo), guided_upsampling(matte, photo, photo)
+    monkeypatch.setattr(matting_birefnet, "_TILE_SIDE", 1000)
+    whole = sharpened_matte(matte, photo), guided_upsampling(matte, photo, photo)
+    for result, expected in zip(small_tiles, whole, strict=True):
+        assert (result - expected).abs().max() < 2e-4  # a twentieth of a gray level
 
 
 def test_sharpened_matte_refuses_a_photo_of_another_size():

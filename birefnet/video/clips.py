@@ -30,7 +30,7 @@ _LIMITED_RANGE, _FULL_RANGE = 1, 2
 
 
 def require_av():
-    """Imports PyAV.
+    """Imports PyAV and returns the module.
 
     Raises:
         CommandError: PyAV or OpenCV is missing. The message names the extra that brings both.
@@ -49,8 +49,8 @@ class Frame:
 
     Attributes:
         index: Number of the frame among those that are processed, from 0.
-        time: Presentation time in units of the clip's `time_base`.
-        photo: The upright frame, mode RGB.
+        time: When the frame is shown, in units of the clip's `time_base`, counted as in the clip.
+        photo: The upright frame, mode RGB, of the clip's size.
     """
 
     index: int
@@ -60,7 +60,12 @@ class Frame:
 
 @dataclass(frozen=True)
 class Colours:
-    """How a clip's numbers stand for colours, in the numbers of ITU-T H.273. Outputs carry the same marks."""
+    """How a clip's numbers stand for colours. Outputs carry the same marks.
+
+    Attributes:
+        primaries, transfer, matrix: Code points of ITU-T H.273, such as 1 for BT.709 and 2 for "not specified".
+        range: 1 for limited (16 to 235 in 8 bits), 2 for full.
+    """
 
     primaries: int
     transfer: int
@@ -76,10 +81,10 @@ class Clip:
         path: The file, or the pattern of an image sequence.
         name: What messages call it.
         options: Options for `av.open`: the format, and the rate of an image sequence or of raw video.
-        size: (width, height) of the upright frames.
+        size: (width, height) of the upright frames in pixels.
         time_base: Seconds per unit of `Frame.time`.
         rate: Average frames per second.
-        count: Number of frames as the header says; `None` where it does not.
+        count: Number of frames as the header says, which may be wrong. `None` where it does not say.
         colours: How the numbers stand for colours.
         has_audio: Whether there is an audio track.
         notes: What the user must know: damaged packets, frames of another size.
@@ -97,10 +102,10 @@ class Clip:
     notes: list[str] = field(default_factory=list)
 
     def open(self):
-        """Opens the file anew.
+        """Opens the file anew and returns PyAV's input container, which the caller closes.
 
         Raises:
-            CommandError: FFmpeg cannot read it.
+            CommandError: The file does not exist, or FFmpeg cannot read it.
         """
         av = require_av()
         try:
@@ -111,12 +116,19 @@ class Clip:
             raise CommandError(f"{self.name}: not a clip that FFmpeg can read ({_reason(error)})") from error
 
     def frames(self, start: float = 0, end: float | None = None, every: int = 1, first: int = 0) -> Iterator[Frame]:
-        """Decodes the clip.
+        """Decodes the clip, one frame at a time.
+
+        Packets that cannot be decoded are skipped, and frames of another size are scaled to the clip's size. `notes`
+        says so then.
 
         Args:
-            start, end: Seconds; frames before `start`, and from `end` on, are left out.
-            every: Takes each frame of this number, the first included.
+            start: Seconds from the clip's start. Frames before this time are left out.
+            end: Seconds from the clip's start. Frames at this time or later are left out. `None` for the whole clip.
+            every: N takes each Nth frame, the first one included.
             first: Index of the first frame to yield. Frames before it are decoded and counted only.
+
+        Yields:
+            The frames, in the order in which they are shown. Their times grow.
 
         Raises:
             CommandError: The file cannot be read.
@@ -208,6 +220,7 @@ class Clip:
 
 
 def _pulled(graph) -> Iterator:
+    """The frames that a filter graph has ready."""
     av = require_av()
     while True:
         try:
@@ -235,13 +248,16 @@ def _video_stream(container, name: str):
 @contextmanager
 def clip_from(source: str, rate: float | None = None, raw: dict | None = None) -> Iterator[Clip]:
     """
-    A clip from what the user names.
+    A context manager that gives a clip from what the user names.
 
     Args:
         source: A file, a folder of pictures, a pattern of an image sequence (`frames/%05d.png`, `frames/*.png`), or
             `-` for standard input, which is kept in a temporary file: some containers must be read from their end.
-        rate: Frames per second of an image sequence.
-        raw: FFmpeg's options for raw video: `video_size`, `pixel_format`, `framerate`.
+        rate: Frames per second of an image sequence; 25 where it is `None`.
+        raw: FFmpeg's options for raw video, all as strings: `video_size`, `pixel_format`, `framerate`.
+
+    Yields:
+        The clip, with all its attributes filled in from the header and the first frame.
 
     Raises:
         CommandError: The source does not exist or holds no frame that can be decoded.

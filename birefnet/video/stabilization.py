@@ -1,19 +1,23 @@
 """Mattes that are steady from frame to frame.
 
-The mattes of the frames before and of the next frame follow the photo by optical flow. They are blended into the matte
-of this frame where the flow is consistent and the colours did not change, so nothing trails behind a fast subject.
+The mattes of the frames before and of the next few frames follow the photo by optical flow. The steady matte is their
+weighted mean. A frame counts less where the flow is not consistent or the colours changed, so nothing trails behind a
+fast subject.
 """
 
 from __future__ import annotations
 
 import functools
+from collections import deque
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
 
 
-STRENGTH = 0.8  # weight of another frame where nothing speaks against it
+STRENGTH = 0.9  # weight of a neighbour, relative to the frame's own, where nothing speaks against it
+AHEAD = 3  # frames after a frame that count for its matte
 # Sundaram, Brox and Keutzer, "Dense Point Trajectories by GPU-Accelerated Large Displacement Optical Flow", ECCV 2010:
 # forward and backward flow agree where the squared length of their sum is below 0.01 of their squared lengths + 0.5.
 RELATIVE_TOLERANCE, TOLERANCE = 0.01, 0.5
@@ -22,26 +26,61 @@ NEIGHBOURHOOD = 5  # side of the square over which colour differences are averag
 _CLAMP = 1e-6  # mattes stay this far from 0 and 1 as they are turned into logits
 
 
+@dataclass
+class _Link:
+    """How a frame's pixels are found in a neighbour: the places (h, w, 2) as (x, y), and how far to trust them."""
+
+    places: np.ndarray
+    weight: np.ndarray
+
+
+@dataclass
+class _Seen:
+    """A frame at the network's size, (h, w) each.
+
+    Attributes:
+        photo: RGB, uint8, (h, w, 3).
+        own: The network's matte, float32. `None` for a frame of which `restore` knows only what later frames need.
+        past: Mean of the own matte and the mattes of all frames before.
+        past_weight: Sum of the weights in this mean; the own matte has the weight 1.
+        to_next: The way to the next frame, as soon as there is one.
+    """
+
+    photo: np.ndarray
+    own: np.ndarray | None
+    past: np.ndarray
+    past_weight: np.ndarray
+    to_next: _Link | None = None
+
+
 class Stabilizer:
     """
-    Blends each frame's matte with those of the frames before it and of the next one, at the network's size.
+    Averages each frame's matte with those of the frames before it and of the next ones, at the network's size.
 
-    Frames go in one by one with `step`, which gives the result of the frame before, and `finish` gives the last one.
-    The frames before count through one matte that is carried along, so memory is two frames.
+    Frames go in one by one with `step`, which gives the result of an earlier frame. `finish` gives those of the last
+    frames. The frames before count through one mean that is carried along, so memory is `ahead` + 1 frames.
 
     Args:
-        strength (`float`, *optional*): From 0 to below 1, the weight of another frame where flow and colours agree.
+        strength (`float`, *optional*, defaults to 0.9): From 0 to below 1, the weight of the next frame where flow and
+            colours agree. The frame's own weight is 1. The frame after the next has the square of this weight, and so
+            on. 0 leaves every matte as it is.
+        ahead (`int`, *optional*, defaults to 3): How many later frames count, 0 or more. Results are this many frames
+            late.
+
+    Raises:
+        ValueError: An argument is outside its range.
     """
 
-    def __init__(self, strength: float = STRENGTH):
+    def __init__(self, strength: float = STRENGTH, ahead: int = AHEAD):
         import cv2
 
         if not 0 <= strength < 1:
             raise ValueError(f"`strength` must be from 0 to below 1, got {strength}")
-        self.strength = strength
-        self.photo: np.ndarray | None = None  # the last frame, (h, w, 3), uint8
-        self.matte: np.ndarray | None = None  # its matte blended with the frames before it, (h, w), float32
-        self._own: np.ndarray | None = None  # its matte as the network gave it; `None` if its result is out already
+        if ahead < 0:
+            raise ValueError(f"`ahead` must be 0 or more, got {ahead}")
+        self.strength, self.ahead = strength, ahead
+        self._last: _Seen | None = None
+        self._waiting: deque[_Seen] = deque()  # frames without a result yet, the oldest first
         self._flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
 
     def step(self, logits: torch.Tensor, photo: Image.Image) -> torch.Tensor | None:
@@ -50,47 +89,78 @@ class Stabilizer:
 
         Args:
             logits (`torch.Tensor` of shape `(1, 1, h, w)`): What the network says of the frame.
-            photo (`PIL.Image.Image`): The frame, of any size.
+            photo (`PIL.Image.Image`): The frame, mode RGB, of any size.
 
         Returns:
-            `torch.Tensor` of shape `(1, 1, h, w)`: Logits of the steady matte of the frame before, float32, on the
-            CPU. `None` if there is no such frame, or its result was out before `restore`.
+            `torch.Tensor` of shape `(1, 1, h, w)`: Logits of the steady matte of the frame that is `ahead` frames
+            before this one, float32, on the CPU. `None` where there is no such frame, or its result was out before
+            `restore`.
         """
-        own = logits[0, 0].float().sigmoid().cpu().numpy()
-        small = np.asarray(photo.resize(own.shape[::-1], Image.Resampling.BILINEAR))
-        result, matte = None, own
-        if self.matte is not None:
-            now, before = _gray(small), _gray(self.photo)
-            backward, forward = self._flow.calc(now, before, None), self._flow.calc(before, now, None)  # (h, w, 2)
-            if self._own is not None:
-                future = self._blended(self._own, own, self.photo, small, forward, backward)
-                result = _to_logits((self.matte + future) / 2)
-            matte = self._blended(own, self.matte, small, self.photo, backward, forward)
-        self._own, self.matte, self.photo = own, matte, small
-        return result
-
-    def finish(self) -> torch.Tensor | None:
-        """The result of the last frame, as `step` gives it."""
-        return None if self._own is None else _to_logits(self.matte)
-
-    def _blended(self, matte, other_matte, photo, other_photo, flow, flow_back) -> np.ndarray:
-        """The matte of a frame blended with that of another one; `flow` leads from the frame to the other one."""
         import cv2
 
-        places = flow + _grid(*matte.shape)  # where each pixel is in the other frame
-        # Bilinear interpolation would blur the matte a little more with every frame.
-        moved = cv2.remap(other_matte, places, None, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE).clip(0, 1)
+        own = logits[0, 0].float().sigmoid().cpu().numpy()
+        small = cv2.resize(np.asarray(photo), own.shape[::-1], interpolation=cv2.INTER_AREA)
+        frame = _Seen(small, own, own, np.ones_like(own))
+        if self._last is not None:
+            to_last, self._last.to_next = self._links(small, self._last.photo)
+            frame.past, frame.past_weight = _mean(own, self._last.past, self._last.past_weight, to_last)
+        self._last = frame
+        self._waiting.append(frame)
+        return self._result() if len(self._waiting) > self.ahead else None
+
+    def finish(self) -> list[torch.Tensor]:
+        """The results of the frames that `step` gave none for yet, in order and of the same kind."""
+        return [self._result() for _ in range(len(self._waiting))]
+
+    def _links(self, photo: np.ndarray, before: np.ndarray) -> tuple[_Link, _Link]:
+        """The ways from a frame to the frame before it and back."""
+        now, then = _gray(photo), _gray(before)
+        backward, forward = self._flow.calc(now, then, None), self._flow.calc(then, now, None)  # (h, w, 2) each
+        return self._link(photo, before, backward, forward), self._link(before, photo, forward, backward)
+
+    def _link(self, photo: np.ndarray, other: np.ndarray, flow: np.ndarray, flow_back: np.ndarray) -> _Link:
+        """The way from a frame to another one, to which `flow` leads."""
+        import cv2
+
+        places = flow + _grid(*flow.shape[:2])
         weight = self.strength * flow_consistency(flow, flow_back, places)
-        weight *= colour_consistency(photo, cv2.remap(other_photo, places, None, cv2.INTER_LINEAR))
-        return matte + weight * (moved - matte)
+        weight *= colour_consistency(photo, cv2.remap(other, places, None, cv2.INTER_LINEAR))
+        return _Link(places, weight)
+
+    def _result(self) -> torch.Tensor:
+        """The steady logits of the oldest frame that waits."""
+        newest = self._waiting[-1]
+        future, future_weight = newest.own, np.ones_like(newest.own)
+        for frame in list(self._waiting)[-2::-1]:
+            future, future_weight = _mean(frame.own, future, future_weight, frame.to_next)
+        first = self._waiting.popleft()
+        total = first.past_weight + future_weight - 1  # both means contain the own matte
+        return _to_logits((first.past * first.past_weight + future * future_weight - first.own) / total)
 
     def state(self) -> dict[str, np.ndarray]:
-        """What the next frames depend on, for `restore`."""
-        return {} if self.matte is None else {"matte": self.matte, "photo": self.photo}
+        """What later frames depend on, for `restore`: arrays (h, w) and (h, w, 3). Empty before the first frame."""
+        last = self._last
+        return {} if last is None else {"photo": last.photo, "past": last.past, "past_weight": last.past_weight}
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
         """Goes on from a `state` as if the frames before had just been seen, and their results taken."""
-        self.matte, self.photo, self._own = state.get("matte"), state.get("photo"), None
+        self._last = _Seen(own=None, **state) if state else None
+        self._waiting.clear()
+
+
+def _mean(own: np.ndarray, other: np.ndarray, other_weight: np.ndarray, link: _Link) -> tuple[np.ndarray, np.ndarray]:
+    """Adds a neighbour's mean matte, moved along the way to it, to a frame's own matte. Gives the mean and its weight.
+
+    All arrays are (h, w), float32.
+    """
+    import cv2
+
+    # Bilinear interpolation would blur the matte a little more with every frame.
+    moved = cv2.remap(other, link.places, None, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE).clip(0, 1)
+    weight = cv2.remap(other_weight, link.places, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    weight *= link.weight
+    total = 1 + weight
+    return (own + weight * moved) / total, total
 
 
 def _gray(photo: np.ndarray) -> np.ndarray:
@@ -121,7 +191,7 @@ def flow_consistency(flow: np.ndarray, flow_back: np.ndarray, places: np.ndarray
     returned = cv2.remap(flow_back, places, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     error = _squared_length(flow + returned)
     lengths = _squared_length(flow) + _squared_length(returned)
-    x, y = cv2.split(places)
+    x, y = places[..., 0], places[..., 1]
     inside = (x >= 0) & (y >= 0) & (x <= width - 1) & (y <= height - 1)
     return np.exp(-error / (RELATIVE_TOLERANCE * lengths + TOLERANCE)) * inside
 
@@ -146,10 +216,8 @@ def colour_consistency(photo: np.ndarray, warped: np.ndarray) -> np.ndarray:
 
 def _squared_length(vectors: np.ndarray) -> np.ndarray:
     """(h, w, 2) to (h, w)."""
-    import cv2
-
-    x, y = cv2.split(vectors)
-    return x * x + y * y
+    squares = vectors * vectors
+    return squares[..., 0] + squares[..., 1]
 
 
 @functools.lru_cache(maxsize=4)

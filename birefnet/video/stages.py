@@ -10,6 +10,7 @@ import json
 import queue
 import shutil
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -53,13 +54,21 @@ def process(
     Runs frames through the network and finishes them, in order.
 
     Args:
-        frames: The frames; they are taken in a thread of its own.
+        frames: The frames. They are taken in a thread of their own, a few ahead of the network.
         remover: A `BiRefNetPipeline`.
-        finish: Makes the result from a frame and the pipeline's outputs for it; runs in threads.
+        finish: Called with a frame and the pipeline's outputs for it (`logits` of shape (1, 1, h, w), `photo` and so
+            on), and returns the result. Several calls run at the same time, in threads.
         batch_size: Frames per call of the network.
-        stabilizer: A `Stabilizer`, or `None` for frame by frame.
+        stabilizer: A `Stabilizer`, or `None` for mattes frame by frame.
         segment: Frames of a segment. No batch crosses a border between segments, so that a resumed clip has the same
             batches as one that was never interrupted.
+
+    Yields:
+        Items with the `frame` and the `picture` that `finish` has made. The last one of a segment also has the `state`
+        of the stabiliser.
+
+    Raises:
+        CommandError: The clip cannot be read. Errors of the network and of `finish` are passed on.
     """
     import torch
 
@@ -164,8 +173,8 @@ def _run_network(remover, batch: list[_Item]) -> list[_Item]:
 
 
 def _stabilized(batches: Iterable[list[_Item]], stabilizer, segment: int) -> Iterator[_Item]:
-    """The frames with steady logits, each one when the next frame is known."""
-    logits = waiting = None
+    """The frames with steady logits, each one when the frames that count for it are known."""
+    logits, waiting = None, deque()
     for item in (item for batch in batches for item in batch):
         logits = item.data["logits"] = logits if item.is_repeated else item.data["logits"]
         is_last_of_segment = (item.frame.index + 1) % segment == 0
@@ -174,11 +183,12 @@ def _stabilized(batches: Iterable[list[_Item]], stabilizer, segment: int) -> Ite
             yield item
             continue
         steady = stabilizer.step(logits, item.frame.photo)
-        if waiting is not None:
-            yield _with_logits(waiting, steady)
-        item.state, waiting = stabilizer.state() if is_last_of_segment else None, item
-    if waiting is not None:
-        yield _with_logits(waiting, stabilizer.finish())
+        item.state = stabilizer.state() if is_last_of_segment else None
+        waiting.append(item)
+        if steady is not None:
+            yield _with_logits(waiting.popleft(), steady)
+    if stabilizer is not None:
+        yield from map(_with_logits, waiting, stabilizer.finish())
 
 
 def _with_logits(item: _Item, logits) -> _Item:
@@ -196,7 +206,13 @@ def _finish(item: _Item, finish: Callable) -> _Item:
 
 
 def as_pipeline(model, processor):
-    """The background-removal pipeline of a model that is loaded already."""
+    """
+    The background-removal pipeline of a model that is loaded already, on the model's device.
+
+    Args:
+        model: A `BiRefNetForImageSegmentation` in evaluation mode.
+        processor: Its `BiRefNetImageProcessor`.
+    """
     from birefnet.repository.pipeline_birefnet import BiRefNetPipeline
 
     return BiRefNetPipeline(model=model, image_processor=processor, device=model.device, task="background-removal")
@@ -224,10 +240,11 @@ def video_mattes(
         batch_size (`int`, *optional*, defaults to 1): Frames per call of the network.
         stabilize (`bool`, *optional*, defaults to `True`): Whether mattes are steadied over time, see `Stabilizer`.
         start, end (`float`, *optional*): The part of the clip to process, in seconds; `end` is not included.
-        every (`int`, *optional*, defaults to 1): Takes each frame of this number.
+        every (`int`, *optional*, defaults to 1): N takes each Nth frame, the first one included.
 
     Yields:
-        `tuple`: The upright frame (RGB), its matte, uint8 of shape (height, width), and its time in seconds.
+        `tuple`: The upright frame (RGB), its matte, uint8 of shape (height, width), and its time in seconds. With
+        `stabilize`, a matte is ready when the next three frames are.
 
     Raises:
         CommandError: The clip cannot be read, or PyAV or OpenCV is missing.
@@ -256,10 +273,10 @@ class Options:
         background: `None` for transparent, a colour, a picture, `"blur"`, or the path of another clip (`Path`), which
             starts again when it ends.
         stabilize: Whether mattes are steadied over time.
-        start, end: Seconds; `end` is not included.
-        every: Takes each frame of this number.
+        start, end: The part of the clip to process, in seconds; `end` is not included. `None` for the clip's end.
+        every: N takes each Nth frame, the first one included.
         batch_size: Frames per call of the network.
-        encoder: FFmpeg's options for the encoder, which replace those of the format.
+        encoder: FFmpeg's options for the encoder as pairs of name and value. They replace those of the format.
     """
 
     format: str = "webm"
@@ -313,11 +330,32 @@ def write_clip(
     progress: Callable[[int], None] | None = None,
     segment: int = SEGMENT,
 ) -> int:
-    """`cut_out_video` for a clip and a pipeline that exist. On Ctrl-C, what is done is joined into a playable file."""
+    """
+    `cut_out_video` for a clip and a pipeline that exist.
+
+    When it is interrupted, or the disk is full, the frames that are done are joined into a playable file.
+
+    Args:
+        clip: From `clip_from`.
+        output: The file to write, or the folder for a sequence of pictures. Its parents are made.
+        remover: A `BiRefNetPipeline`.
+        options: What to write.
+        resume: Goes on where an interrupted run of the same options stopped.
+        progress: Called with the number of frames that are done, from this and earlier runs.
+        segment: Frames from one point that can be resumed from to the next.
+
+    Returns:
+        How many frames the result has.
+
+    Raises:
+        CommandError: The clip cannot be read or the result cannot be written. What was finished is kept for `resume`.
+    """
     output_format = FORMATS[options.format]
     check_encoder(output_format)
     if not output_format.is_sequence and output.suffix.lower() != output_format.suffix:
         raise CommandError(f"{output}: {options.format} needs the suffix {output_format.suffix}")
+    if output.is_file() if output_format.is_sequence else output.is_dir():
+        raise CommandError(f"{output}: this is a {'file' if output_format.is_sequence else 'folder'}")
     work = _Work(clip, output, output_format, options, segment)
     try:
         work.prepare(resume)
@@ -330,9 +368,12 @@ def write_clip(
             work.close_segment(is_whole=False)
             if work.count:
                 work.join()
+            else:
+                work.remove()
             raise
         work.close_segment(is_whole=False)
         if not work.count:
+            work.remove()
             raise CommandError(f"{clip.name}: no frame lies between --start and --end")
         work.join()
         work.remove()

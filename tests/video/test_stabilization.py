@@ -26,7 +26,8 @@ def steadied(mattes: list[np.ndarray], speed: float) -> list[np.ndarray]:
     photos = [Image.fromarray(picture(number, SIZE[1], SIZE[0], speed)) for number in range(len(mattes))]
     logits = [torch.from_numpy(matte).clamp(1e-4, 1 - 1e-4).logit()[None, None] for matte in mattes]
     results = [stabilizer.step(*pair) for pair in zip(logits, photos, strict=True)]
-    return [result[0, 0].sigmoid().numpy() for result in [*results[1:], stabilizer.finish()]]
+    assert [result is None for result in results[:4]] == [True, True, True, False]  # three frames late, no more
+    return [result[0, 0].sigmoid().numpy() for result in [*results[3:], *stabilizer.finish()]]
 
 
 def test_flicker_is_less_than_half_and_the_error_is_smaller():
@@ -57,16 +58,30 @@ def test_nothing_trails_behind_a_fast_subject(speed):
 
 
 def test_state_goes_on_exactly():
-    mattes = [np.roll(true_matte(number, 2), number, 0) for number in range(6)]
-    photos = [Image.fromarray(picture(number, SIZE[1], SIZE[0], 2)) for number in range(6)]
+    mattes = [np.roll(true_matte(number, 2), number, 0) for number in range(9)]
+    photos = [Image.fromarray(picture(number, SIZE[1], SIZE[0], 2)) for number in range(9)]
     logits = [torch.from_numpy(matte).clamp(0.01, 0.99).logit()[None, None] for matte in mattes]
     whole, resumed = Stabilizer(), Stabilizer()
-    for number in range(3):
-        whole.step(logits[number], photos[number])
-    resumed.restore({name: values.copy() for name, values in whole.state().items()})
-    for number in range(3, 6):
-        expected, result = whole.step(logits[number], photos[number]), resumed.step(logits[number], photos[number])
-        assert result is None if number == 3 else torch.equal(expected, result)
+    results = []
+    for number in range(9):
+        results.append(whole.step(logits[number], photos[number]))
+        if number == 2:
+            resumed.restore({name: values.copy() for name, values in whole.state().items()})
+    expected = [*results[3:], *whole.finish()]  # of all nine frames
+    again = [resumed.step(logits[number], photos[number]) for number in range(3, 9)]
+    again = [*again[3:], *resumed.finish()]  # of the last six
+    for result, same in zip(again, expected[3:], strict=True):
+        assert torch.equal(result, same)
+
+
+def test_without_strength_every_matte_stays():
+    true = [true_matte(number, 2) for number in range(3)]
+    stabilizer = Stabilizer(strength=0)
+    for number, matte in enumerate(true):
+        photo = Image.fromarray(picture(number, SIZE[1], SIZE[0], 2))
+        stabilizer.step(torch.from_numpy(matte).clamp(0.01, 0.99).logit()[None, None], photo)
+    for result, matte in zip(stabilizer.finish(), true, strict=True):
+        assert np.allclose(result[0, 0].sigmoid().numpy(), matte.clip(0.01, 0.99), atol=1e-5)
 
 
 def test_flow_that_is_not_undone_counts_nothing():
@@ -78,6 +93,8 @@ def test_flow_that_is_not_undone_counts_nothing():
     assert flow_consistency(flow, flow, places).max() < 1e-9
 
 
-def test_strength_outside_its_range_is_refused():
+def test_arguments_outside_their_range_are_refused():
     with pytest.raises(ValueError, match="from 0 to below 1"):
         Stabilizer(1.0)
+    with pytest.raises(ValueError, match="0 or more"):
+        Stabilizer(ahead=-1)

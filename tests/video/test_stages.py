@@ -16,6 +16,7 @@ pytest.importorskip("cv2", reason="the extra `video` is not installed")
 from birefnet.video import cut_out_video, stages, video_mattes  # noqa: E402
 from birefnet.video.clips import clip_from  # noqa: E402
 from birefnet.video.stages import Options  # noqa: E402
+from birefnet.video.writing import fill_transparent  # noqa: E402
 
 from ..drawn_clips import decoded, picture, times_of, write_clip  # noqa: E402
 
@@ -110,6 +111,19 @@ def test_backgrounds_masks_and_sequences(tmp_path, run):
     assert np.abs(planes[3] - alpha / 255).max() < 1e-6 and (planes[0] <= planes[3] + 1e-6).all()
 
 
+def test_nothing_of_what_was_cut_away_is_in_the_file():
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (90, 130, 4), np.uint8)
+    pixels[..., 3] = 0
+    pixels[30:60, 40:80] = (200, 100, 50, 255)
+    pixels[30, 40:80, 3] = 90
+    filled = fill_transparent(pixels)
+    shown = pixels[..., 3] > 0
+    assert np.array_equal(filled[shown], pixels[shown]) and np.array_equal(filled[..., 3], pixels[..., 3])
+    assert np.abs(filled[~shown][:, :3].astype(int) - (200, 100, 50)).max() <= 1  # the subject's colour
+    assert not fill_transparent(np.zeros((1, 1, 4), np.uint8)).any()
+
+
 def test_a_run_that_was_stopped_goes_on_exactly(tmp_path, run):
     source = write_clip(tmp_path / "clip.mp4", 10, audio="aac")
     whole = packets(run(source, "whole.mov", format="prores"))
@@ -199,6 +213,17 @@ def test_errors_of_the_decoder_reach_the_caller(remover):
         list(stages.process(broken(), remover, lambda frame, outputs: None))
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [(("nonsense", "1"), "has no option nonsense"), (("cpu-used", "abc"), "cannot encode 64×48 with .*cpu-used=abc")],
+)
+def test_an_option_that_the_encoder_refuses(tmp_path, run, option, message):
+    source = write_clip(tmp_path / "clip.mp4", 2)
+    with pytest.raises(CommandError, match=message):
+        run(source, "out.webm", format="webm", encoder=(option,))
+    assert [path.name for path in tmp_path.iterdir()] == ["clip.mp4"]
+
+
 def test_a_suffix_of_another_format_is_refused(tmp_path, run):
     with pytest.raises(CommandError, match="needs the suffix .mov"):
         run(write_clip(tmp_path / "clip.mp4", 1), "out.webm", format="prores")
@@ -207,7 +232,13 @@ def test_a_suffix_of_another_format_is_refused(tmp_path, run):
 def test_no_frame_in_the_span(tmp_path, run):
     with pytest.raises(CommandError, match="no frame"):
         run(write_clip(tmp_path / "clip.mp4", 3), format="prores", start=5.0)
-    assert not (tmp_path / "out.mov").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+def test_a_folder_in_the_place_of_the_output(tmp_path, run):
+    (tmp_path / "out.mov").mkdir()
+    with pytest.raises(CommandError, match="is a folder"):
+        run(write_clip(tmp_path / "clip.mp4", 1), format="prores")
 
 
 def test_times_of_a_part_count_from_its_start(tmp_path, run):

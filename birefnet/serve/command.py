@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import os
 
+from birefnet.concurrency import limit_heaps
 from birefnet.errors import CommandError, UsageError
 from birefnet.inference.arguments import add_model_arguments, model_options, positive
 
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs `birefnet serve` until it is stopped, and returns its exit code."""
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise CommandError(f"this needs {', '.join(missing)}: pip install 'birefnet-transformers[serve]'")
-    from birefnet.serve.running import limit_heaps, serve
+    from birefnet.serve.running import serve
 
     limit_heaps()
     return serve(build_app(arguments), arguments.host, arguments.port)

@@ -1,10 +1,7 @@
 """Uvicorn around the application: the life of connections, and an orderly end."""
 
 import asyncio
-import ctypes
 import logging
-import os
-import platform
 import signal
 
 import uvicorn
@@ -14,7 +11,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 logger = logging.getLogger("birefnet.serve")
 MOST_CONNECTIONS = 512
-GLIBC_ARENA_MAX = -8  # M_ARENA_MAX in malloc.h
 SECONDS_TO_FINISH = 60  # for what is at work when the server is told to stop
 
 
@@ -96,17 +92,6 @@ def uvicorn_config(app: FastAPI, host: str, port: int) -> uvicorn.Config:
         timeout_graceful_shutdown=SECONDS_TO_FINISH,
         proxy_headers=False,
     )
-
-
-def limit_heaps() -> None:
-    """
-    Makes all threads share two heaps where the C library is glibc, unless `MALLOC_ARENA_MAX` says otherwise.
-
-    By default each thread gets a heap of its own, and each heap keeps the memory of the largest photos that passed
-    through its thread. docs/performance.md has the effect. Call it before threads start.
-    """
-    if platform.libc_ver()[0] == "glibc" and "MALLOC_ARENA_MAX" not in os.environ:
-        ctypes.CDLL(None).mallopt(GLIBC_ARENA_MAX, 2)
 
 
 def serve(app: FastAPI, host: str, port: int) -> int:

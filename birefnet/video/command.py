@@ -13,6 +13,7 @@ from pathlib import Path
 
 from PIL import Image, ImageColor
 
+from birefnet.concurrency import limit_heaps
 from birefnet.errors import CommandError, UsageError
 from birefnet.inference.arguments import add_model_arguments, model_options, positive
 from birefnet.inference.remover import load_remover
@@ -142,6 +143,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     require_av()
     check_arguments(arguments)
+    limit_heaps()
     outputs = {clip: output_of(clip, arguments) for clip in arguments.clips}
     background = _read_background(arguments.background)
     remover, failed = None, False

@@ -7,13 +7,12 @@ import socket
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import httpx
 import pytest
 
 from birefnet.errors import UsageError
-from birefnet.serve import command, running
+from birefnet.serve import command
 from birefnet.serve.keys import ApiKeys
 
 from .conftest import drawn_photo, encode
@@ -95,19 +94,3 @@ def test_sigterm_ends_the_process_in_order(tiny_model_folder):
         process.kill()
     error = process.stderr.read()
     assert "finishing what is at work" in error and "Traceback" not in error, error
-
-
-def test_heaps_are_limited_for_glibc_unless_the_user_chose(monkeypatch):
-    calls = []
-    library = SimpleNamespace(mallopt=lambda *given: calls.append(given))
-    monkeypatch.setattr(running.ctypes, "CDLL", lambda name: library)
-    monkeypatch.setattr(running.platform, "libc_ver", lambda: ("", ""))
-    monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
-    running.limit_heaps()
-    assert calls == []
-    monkeypatch.setattr(running.platform, "libc_ver", lambda: ("glibc", "2.36"))
-    running.limit_heaps()
-    assert calls == [(-8, 2)]
-    monkeypatch.setenv("MALLOC_ARENA_MAX", "8")
-    running.limit_heaps()
-    assert calls == [(-8, 2)]

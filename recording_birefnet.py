@@ -2,9 +2,10 @@
 Inference of small networks from a recording.
 
 A small network spends much of a call on work that is the same every time: Python, folding norms into convolutions, and
-oneDNN reordering each weight before its convolution. If a network is called twice in the same way, the second call is
-recorded as a list of PyTorch's operators, and later calls replay the list. Operators that depend on parameters only
-are left out: their results are constants of the list. The files of the network know nothing of it.
+oneDNN reordering each weight before its convolution. The first call is recorded as a list of PyTorch's operators, and
+later equal calls replay the list. Operators that depend on parameters only are left out: their results are constants
+of the list. The first call runs the operators that it records, so all calls give the same result to the last bit. The
+files of the network know nothing of it.
 """
 
 import itertools
@@ -31,7 +32,7 @@ INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by
 
 class RecordedCalls:
     """
-    The calls of a network: the second of several equal calls is recorded, and later ones are replayed.
+    The calls of a network: the first of several equal calls is recorded, and later ones are replayed.
 
     Calls are equal if the images have the same shape, dtype and memory layout, and the network has the
     same modules, attributes, configuration, parameters and buffers. PyTorch counts the changes of a tensor. It does
@@ -48,7 +49,7 @@ class RecordedCalls:
         self, network: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], pixel_values: torch.Tensor
     ) -> torch.Tensor:
         """
-        `function(pixel_values)`, computed or replayed.
+        `function(pixel_values)`, recorded or replayed.
 
         Args:
             network: The network that `function` computes.
@@ -56,7 +57,7 @@ class RecordedCalls:
             pixel_values: (B, 3, H, W).
 
         Returns:
-            The result of `function`. Replayed, it differs by rounding at most.
+            The result of `function`, up to rounding. It is the same for all equal calls with the same images.
         """
         last = self.last  # other threads may replace it
         if last is None and not is_worth_recording(sum(tensor.numel() for tensor in network.parameters())):
@@ -64,17 +65,16 @@ class RecordedCalls:
         if last is None or not last.is_unchanged(network):
             last = Snapshot(network)
             self.last = last if last.is_recordable() else None
+            if self.last is None:
+                return function(pixel_values)
         images = (pixel_values.shape, pixel_values.stride(), pixel_values.dtype)
-        if images not in last.programs:
-            last.programs = {**dict([*last.programs.items()][1 - RECORDINGS :]), images: None}
-            return function(pixel_values)
-        program = last.programs[images]
-        if program is not None:
-            return program(pixel_values)
+        if images in last.programs:
+            return last.programs[images](pixel_values)
         recorder = Recorder(pixel_values)
         with recorder:
             output = function(pixel_values)
-        last.programs = {**last.programs, images: recorder.finish(output) or function}
+        latest = [*last.programs.items()][1 - RECORDINGS :]
+        last.programs = {**dict(latest), images: recorder.finish(output) or function}
         return output
 
     def __reduce__(self):
@@ -93,8 +93,8 @@ class Snapshot:
     """
 
     def __init__(self, network: nn.Module):
-        # By shape, strides and dtype of the images; `None` after the first call. Threads replace the dictionary whole.
-        self.programs: dict[tuple, Callable[[torch.Tensor], torch.Tensor] | None] = {}
+        # By shape, strides and dtype of the images. Threads replace the dictionary whole.
+        self.programs: dict[tuple, Callable[[torch.Tensor], torch.Tensor]] = {}
         self.modules = list(network.modules())
         contents = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
         self.dictionaries = [vars(network.config), *map(vars, self.modules)]
@@ -159,10 +159,13 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, arguments=(), options=None):
         options = options or {}
+        depends_on_images = self.depends_on_images((arguments, options))
+        if depends_on_images:
+            operation, arguments = prepack_convolution(operation, arguments, self.depends_on_images)
         result = operation(*arguments, **options)
         if not all(map(self.depends_on_images, written_arguments(operation, arguments, options))):
             self.is_complete = False  # it changes a constant
-        elif self.depends_on_images((arguments, options)):
+        elif depends_on_images:
             self.record(operation, arguments, options, result)
         return result
 
@@ -175,7 +178,6 @@ class Recorder(TorchDispatchMode):
         if is_random or not all(isinstance(output, torch.Tensor) for output in outputs):
             self.is_complete = False  # a replay would repeat this call's random or Python number
             return
-        operation, arguments = prepack_convolution(operation, arguments, self.depends_on_images)
         node = self.graph.call_function(operation, *tree_map(self.node_of, (tuple(arguments), options)))
         for index, output in enumerate(outputs):
             is_only = output is result

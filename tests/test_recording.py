@@ -32,10 +32,9 @@ def model(loaded_model):
 
 
 def record(model, pixel_values=None):
-    """Two equal calls, after which the model has a recording."""
+    """A call, after which the model has a recording."""
     with torch.inference_mode():
-        for _ in range(2):
-            model(image() if pixel_values is None else pixel_values)
+        model(image() if pixel_values is None else pixel_values)
     return model
 
 
@@ -48,16 +47,16 @@ def assert_computes(model, pixel_values=None):
     """The next call returns what the network computes, not what it computed before."""
     pixel_values = image(1) if pixel_values is None else pixel_values
     with torch.inference_mode():
-        torch.testing.assert_close(model(pixel_values).logits, model.compute_as_planned(pixel_values).logits)
+        found, expected = model(pixel_values).logits, model.compute_as_planned(pixel_values).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3 * expected.std().item())
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
-def test_third_call_is_replayed_and_equal(model, mode, monkeypatch):
+def test_second_call_is_replayed_and_equal(model, mode, monkeypatch):
     batch = torch.cat([image(1), image(2)])
     with mode():
         expected = model.compute_as_planned(batch).logits
-        for _ in range(2):
-            model(torch.cat([image(), image()]))
+        model(torch.cat([image(), image()]))
         monkeypatch.setattr(type(model), "compute", None)
         found = model(batch).logits
     assert has_recording(model)
@@ -141,9 +140,10 @@ CHANGES = [
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_changed_parameters_end_the_recording(model, change):
     before = record(model).compute_as_planned(image(1)).logits
+    snapshot = model.recorded_calls.last
     change(model)
     assert_computes(model)
-    assert not has_recording(model)
+    assert model.recorded_calls.last is not snapshot
     assert not torch.equal(before, model.compute_as_planned(image(1)).logits)
     assert has_recording(record(model))
     assert_computes(model)
@@ -154,9 +154,19 @@ def test_one_optimizer_step_ends_the_recording(model):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     model(image(), labels=torch.ones(1, 64, 64)).loss.backward()
     optimizer.step()
+    assert model.recorded_calls.last is None
     model.eval()
     assert_computes(model)
-    assert not has_recording(model)
+
+
+def test_all_calls_give_the_same_result_to_the_last_bit(model):
+    other = copy.deepcopy(model)
+    with torch.inference_mode():
+        first = model(image(1)).logits
+        model(image(2))
+        assert torch.equal(model(image(1)).logits, first)
+        other(image(2))
+        assert torch.equal(other(image(1)).logits, first)
 
 
 def test_images_of_other_shapes_have_their_own_recordings(model):
@@ -174,7 +184,8 @@ def test_images_of_other_shapes_have_their_own_recordings(model):
 def test_hooks_are_called(model):
     calls = []
     hook = record(model).decoder.register_forward_hook(lambda *_: calls.append(1))
-    record(model)
+    for _ in range(2):
+        record(model)
     assert len(calls) == 2
     hook.remove()
     with nn.modules.module.register_module_forward_hook(lambda *_: calls.append(1)):
@@ -190,9 +201,10 @@ def test_replaced_forward_passes_are_called(model, monkeypatch):
 
 
 def test_changed_configuration_ends_the_recording(model):
-    record(model).config.decoder_attention = "aspp"  # the network looks at some options in each call
+    snapshot = record(model).recorded_calls.last
+    model.config.decoder_attention = "aspp"  # the network looks at some options in each call
     assert_computes(model)
-    assert not has_recording(model)
+    assert model.recorded_calls.last is not snapshot
 
 
 def test_contexts_that_change_the_arithmetic_are_neither_recorded_nor_replayed(model):

@@ -85,6 +85,7 @@ class Clip:
         time_base: Seconds per unit of `Frame.time`.
         rate: Average frames per second.
         count: Number of frames as the header says, which may be wrong. `None` where it does not say.
+        promised: Seconds that a Matroska header gives. FFmpeg reports no error if such a file is cut off. 0 otherwise.
         colours: How the numbers stand for colours.
         has_audio: Whether there is an audio track.
         notes: What the user must know: damaged packets, frames of another size.
@@ -97,6 +98,7 @@ class Clip:
     time_base: Fraction = Fraction(1, 25)
     rate: Fraction = Fraction(25)
     count: int | None = None
+    promised: float = 0
     colours: Colours = Colours(2, 2, 2, 0)
     has_audio: bool = False
     notes: list[str] = field(default_factory=list)
@@ -154,6 +156,14 @@ class Clip:
                 return
             if seconds >= start - _MOMENT:
                 yield picture
+        self._note_missing_end(0 if last is None else float((last + step) * self.time_base))
+
+    def _note_missing_end(self, seconds: float) -> None:
+        if self.promised - seconds > max(0.5, 0.05 * self.promised):  # an audio track may be a little longer
+            self.notes.append(
+                f"its frames end after {seconds:.1f} of the {self.promised:.1f} seconds that its header gives: it may "
+                "be cut off or damaged"
+            )
 
     def _decoded(self) -> Iterator:
         """Frames as they are decoded. Packets that cannot be decoded are skipped and counted."""
@@ -300,6 +310,7 @@ def _probe(clip: Clip) -> None:
         clip.rate = stream.average_rate or stream.guessed_rate or clip.rate
         clip.has_audio = bool(container.streams.audio)
         duration = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / 1e6
+        clip.promised = float(duration) if "matroska" in container.format.name else 0
         clip.count = stream.frames or (round(duration * clip.rate) or None)
     first = next(clip._decoded(), None)
     if first is None:

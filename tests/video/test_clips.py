@@ -115,8 +115,10 @@ def test_what_is_no_clip_is_named(tmp_path):
 def test_a_file_that_ends_early_gives_what_it_holds(tmp_path):
     whole = write_clip(tmp_path / "whole.mkv", 30, options={"g": "5", "bf": "0"}).read_bytes()
     (tmp_path / "cut.mkv").write_bytes(whole[: int(len(whole) * 0.6)])
-    _, frames = frames_of(tmp_path / "cut.mkv")
+    clip, frames = frames_of(tmp_path / "cut.mkv")
     assert 5 < len(frames) < 30 and close(frames[4].photo, picture(4))
+    assert "of the 1.2 seconds" in clip.notes[0]
+    assert not frames_of(tmp_path / "whole.mkv")[0].notes
 
 
 def test_frames_of_another_size_are_scaled_with_a_note(tmp_path):

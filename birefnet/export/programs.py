@@ -192,9 +192,8 @@ def _onnx_deform_conv(hidden_states, offsets, modulator, weight, bias=None):
             version=OPSET,
         )
         outputs.append(output)
-    return torch.stack(outputs, dim=3).flatten(
-        2, 3
-    )  # (B, out channels, H / bands, bands, W) → (B, out channels, H, W)
+    rows = torch.stack(outputs, dim=3)  # (B, out channels, H / bands, bands, W)
+    return rows.flatten(2, 3)  # (B, out channels, H, W)
 
 
 def _number_of_bands(channels: int, height, width, side: int) -> int:

@@ -228,15 +228,17 @@ def test_standard_input_and_output(cutout, monkeypatch, capfdbinary):
 
 def test_an_unwritable_output_folder_is_reported(cutout, tmp_path, capfd):
     draw(40, 30).save(tmp_path / "a.png")
-    (tmp_path / "out").write_text(
-        "a file where the folder should be"
-    )  # as refused as a read-only folder, root included
+    # Nobody can write into a file as if it were a folder, not even root, whom a read-only folder does not stop.
+    (tmp_path / "out").write_text("a file where the folder should be")
     assert cutout(tmp_path / "a.png", tmp_path / "a.png", "-o", tmp_path / "out/deep") == 1
     assert f"{tmp_path / 'a.png'}: Not a directory" in capfd.readouterr().err
     assert (tmp_path / "out").read_text() == "a file where the folder should be"
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root, like Windows, writes everywhere")
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0,
+    reason="needs a user whom a read-only folder stops: not root, and not on Windows, where folders have no such mode",
+)
 def test_a_read_only_output_folder_is_reported(cutout, tmp_path, capfd):
     draw(40, 30).save(tmp_path / "a.png")
     (tmp_path / "out").mkdir(mode=0o555)

@@ -289,8 +289,11 @@ def test_a_missing_model_is_reported_in_one_line(tmp_path, capfd):
 )
 def test_a_faster_dtype_is_suggested_where_there_is_one(dtype, device, faster, suggested, monkeypatch, capsys):
     monkeypatch.setattr(hardware_birefnet, "has_bfloat16_arithmetic", lambda: faster == "bfloat16")
-    _suggest_dtype(SimpleNamespace(dtype=dtype, runtime="pytorch"), SimpleNamespace(device=torch.device(device)))
-    assert ("--dtype bfloat16" in capsys.readouterr().err) == suggested
+    arguments = SimpleNamespace(dtype=dtype, runtime="pytorch")
+    for parameters in (44_000_000, 6_000_000):  # lite, embedded
+        _suggest_dtype(arguments, SimpleNamespace(device=torch.device(device), num_parameters=lambda n=parameters: n))
+        is_large = parameters > 10_000_000
+        assert ("--dtype bfloat16" in capsys.readouterr().err) == (suggested and is_large)
 
 
 def test_only_what_is_needed_is_imported_before_the_network(tiny_model_folder, tmp_path):

@@ -1,5 +1,6 @@
 """The folder that `birefnet export` writes: programs, and the settings that transformers.js and Python read."""
 
+import contextlib
 import errno
 import json
 import os
@@ -13,6 +14,7 @@ from birefnet.errors import CommandError, UsageError
 
 
 EMBEDDED = "embedded"  # stands for the weights that come with the package
+FULL_DISK = 1_000_000  # bytes; a write that failed with less than this free failed for want of space
 
 
 @dataclass
@@ -88,7 +90,7 @@ def write_programs(model, processor, out, targets, file_format, size, dynamic_ba
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _check_space(folder, model, len(targets))
-        with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as scratch:
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as scratch, _full_disk_is_named(folder):
             example = pairs[-1][0].clone()
             program = PROGRAMS[file_format](model, example, is_dynamic, dynamic_batch, Path(scratch))
             reports = []
@@ -104,8 +106,6 @@ def write_programs(model, processor, out, targets, file_format, size, dynamic_ba
                     os.replace(whole, target.with_name(file.name))
                 write_settings(Path(out), model.config, processor, size)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise CommandError(f"{out}: no space left; the files need about as much as the weights.") from error
         raise CommandError(f"{out}: {error}") from error
     return reports
 
@@ -151,6 +151,20 @@ def _check_space(folder: Path, model, count: int) -> None:
     needed, free = (count + 2) * weights, shutil.disk_usage(folder).free
     if free < needed:
         raise CommandError(f"{folder} has {free / 1e9:.1f} GB free; exporting needs about {needed / 1e9:.1f} GB.")
+
+
+@contextlib.contextmanager
+def _full_disk_is_named(folder: Path):
+    """Raises `CommandError` for an error that a full disk causes. Each runtime's library has its own type of error."""
+    try:
+        yield
+    except CommandError:
+        raise
+    except Exception as error:
+        is_full = getattr(error, "errno", None) == errno.ENOSPC or shutil.disk_usage(folder).free < FULL_DISK
+        if is_full:  # seen before the temporary folder goes, which makes space again
+            raise CommandError(f"{folder}: the disk is full. Only files that were complete are kept.") from error
+        raise
 
 
 def _check_other_files(out: Path, size: tuple[int, int], targets) -> None:

@@ -284,22 +284,24 @@ def write_onnx(program, path: Path) -> None:
     What a network derives from its parameters (normalised convolutions, windows' indices) is computed once by ONNX
     Runtime's basic optimisations, which use standard operators only.
     """
+    import shutil
     import tempfile
 
     import onnx
     import onnx_ir
     import onnxruntime
 
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        traced, folded = Path(scratch, "traced.onnx"), Path(scratch, "folded.onnx")
-        onnx_ir.save(program, str(traced), external_data="traced.onnx_data")
-        options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        options.optimized_model_filepath = str(folded)
-        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "folded.data")
-        options.log_severity_level = 3
-        onnxruntime.InferenceSession(str(traced), options, providers=["CPUExecutionProvider"])
-        graph = onnx.load(str(folded))
+    scratch = Path(tempfile.mkdtemp(dir=path.parent))  # after an error, the caller removes it with `path.parent`
+    traced, folded = scratch / "traced.onnx", scratch / "folded.onnx"
+    onnx_ir.save(program, str(traced), external_data="traced.onnx_data")
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(folded)
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "folded.data")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(str(traced), options, providers=["CPUExecutionProvider"])
+    graph = onnx.load(str(folded))
+    shutil.rmtree(scratch)
     used = {node.domain for node in graph.graph.node}
     kept = [entry for entry in graph.opset_import if entry.domain in used | {""}]
     del graph.opset_import[:]

@@ -199,6 +199,21 @@ def test_a_full_disk_is_named(tiny_model_folder, tmp_path, monkeypatch):
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
+def test_a_disk_that_fills_up_is_named(tiny_model_folder, tmp_path, monkeypatch):
+    usage = folders.shutil.disk_usage(tmp_path)
+    free = iter([usage.free, 0])  # before writing, and after it failed
+    monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: usage._replace(free=next(free)))
+
+    def write_half(model, example, is_dynamic, dynamic_batch, scratch):
+        (scratch / "half.onnx").write_bytes(b"half")
+        raise RuntimeError("Failed to write external initializers")  # as ONNX Runtime does
+
+    monkeypatch.setitem(programs.PROGRAMS, "onnx", write_half)
+    with pytest.raises(CommandError, match="the disk is full"):
+        export_model(tiny_model_folder, tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
 def test_a_missing_package_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(CommandError, match=r"birefnet-transformers\[export\]"):

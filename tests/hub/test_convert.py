@@ -156,25 +156,71 @@ with torch.inference_mode():
 """
 
 
-@pytest.mark.skipif("BIREFNET_COMFYUI" not in os.environ, reason="set BIREFNET_COMFYUI to a checkout of ComfyUI")
-def test_comfyui_computes_the_same(tmp_path):
-    config = build_config({"backbone": "swin_v1_l"})
+# Widely used custom nodes, which load official files into a copy of the published code.
+CUSTOM_NODES_PROGRAM = """
+import sys, importlib.util, torch
+root, name, image, mask = sys.argv[1:]
+sys.path.insert(0, root)
+from comfy.cli_args import args
+args.cpu = True
+import comfy.utils, folder_paths
+folder_paths.folder_names_and_paths["birefnet"] = ([str(torch.load(image)["models"])], {".safetensors"})
+folder = f"{root}/custom_nodes/ComfyUI_BiRefNet_ll"
+spec = importlib.util.spec_from_file_location("nodes_ll", f"{folder}/__init__.py", submodule_search_locations=[folder])
+module = sys.modules["nodes_ll"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+nodes = module.NODE_CLASS_MAPPINGS
+[network] = nodes["LoadRembgByBiRefNetModel"]().load_model(name, "CPU")
+photo = torch.load(image)["photo"]  # (1, H, W, 3)
+torch.save(nodes["GetMaskByBiRefNet"]().get_mask(network, photo, photo.shape[2], photo.shape[1])[0], mask)
+"""
+COMFYUI = os.environ.get("BIREFNET_COMFYUI", "")
+needs_comfyui = pytest.mark.skipif(not COMFYUI, reason="set BIREFNET_COMFYUI to a checkout of ComfyUI")
+
+
+def write_weights_of_reference(backbone, path):
+    config = build_config({"backbone": backbone})
     with torch.device("meta"):
         tensors = BiRefNetForImageSegmentation(config).state_dict()
     manifest = {key: (value.shape, str(value.dtype).removeprefix("torch.")) for key, value in tensors.items()}
-    weights = reference_weights.state_dict(manifest)
-    torch.save(weights, tmp_path / "general.pth")
+    torch.save({key: value.float() for key, value in reference_weights.state_dict(manifest).items()}, path)
+    return model_from_state_dict(config, read_state_dict(path))
+
+
+@needs_comfyui
+def test_comfyui_computes_the_same(tmp_path):
+    model = write_weights_of_reference("swin_v1_l", tmp_path / "general.pth")
     file = tmp_path / "birefnet.safetensors"
     assert main(["convert", str(tmp_path / "general.pth"), str(file), "--to-comfyui"]) == 0
 
     image = reference_weights.image("comfyui", 1, 128, 160)
     torch.save(image, tmp_path / "image.pt")
     paths = [str(path) for path in (file, tmp_path / "image.pt", tmp_path / "logits.pt")]
-    subprocess.run([sys.executable, "-c", COMFYUI_PROGRAM, os.environ["BIREFNET_COMFYUI"], *paths], check=True)
+    subprocess.run([sys.executable, "-c", COMFYUI_PROGRAM, COMFYUI, *paths], check=True)
     with torch.inference_mode():
-        expected = model_from_state_dict(config, read_state_dict(tmp_path / "general.pth"))(image).logits
+        expected = model(image).logits
     found = torch.load(tmp_path / "logits.pt")
     assert (found - expected).abs().max() <= 1e-4 * expected.std()
+
+
+@needs_comfyui
+@pytest.mark.parametrize(
+    ("backbone", "name"), [("swin_v1_t", "General-Lite.safetensors"), ("swin_v1_l", "General.safetensors")]
+)
+def test_custom_nodes_of_comfyui_compute_the_same(backbone, name, tmp_path):
+    if not Path(COMFYUI, "custom_nodes/ComfyUI_BiRefNet_ll").is_dir():
+        pytest.skip("needs lldacing/ComfyUI_BiRefNet_ll in custom_nodes of that checkout")
+    model = write_weights_of_reference(backbone, tmp_path / "weights.pth")
+    assert main(["convert", str(tmp_path / "weights.pth"), str(tmp_path / name), "--to-official"]) == 0
+
+    photo = torch.rand(1, 128, 160, 3, generator=torch.Generator().manual_seed(0))
+    torch.save({"models": str(tmp_path), "photo": photo}, tmp_path / "image.pt")
+    paths = [str(tmp_path / "image.pt"), str(tmp_path / "mask.pt")]
+    subprocess.run([sys.executable, "-c", CUSTOM_NODES_PROGRAM, COMFYUI, name, *paths], check=True)
+    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    with torch.inference_mode():
+        expected = model(((photo - mean) / deviation).permute(0, 3, 1, 2)).logits.sigmoid()[:, 0]
+    assert (torch.load(tmp_path / "mask.pt") - expected).abs().max() <= 1e-4
 
 
 def test_files_for_comfyui_are_those_of_its_one_network(lite, tmp_path, capsys):

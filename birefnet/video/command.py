@@ -11,7 +11,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from PIL import Image, ImageColor
+from PIL import ImageColor
 
 from birefnet.concurrency import limit_heaps
 from birefnet.errors import CommandError, UsageError
@@ -48,7 +48,7 @@ TRANSPARENT_FORMATS = ("webm", "prores", "png", "exr")
 
 @dataclass
 class Report:
-    """What became of one clip, as `--json` prints it. `size` is (width, height) in pixels."""
+    """The result of one clip, as `--json` prints it. `size` is (width, height) in pixels."""
 
     input: str
     output: str | None = None
@@ -165,7 +165,12 @@ def _is_empty_folder(path: Path) -> bool:
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
-    """Raises a UsageError where the arguments contradict each other; settles `arguments.format`."""
+    """
+    Chooses `arguments.format` if it was not given.
+
+    Raises:
+        UsageError: arguments contradict each other, or the suffix of the output and the format do not fit.
+    """
     from birefnet.video.writing import FORMAT_OF_SUFFIX, FORMATS
 
     if arguments.end is not None and arguments.end <= arguments.start:
@@ -197,10 +202,11 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 
 def output_of(clip: str, arguments: argparse.Namespace) -> Path:
-    """Where a clip's result goes.
+    """
+    The file, or for a sequence the folder, that a clip's result is written to.
 
     Raises:
-        UsageError: it would overwrite the clip.
+        UsageError: the result would overwrite the clip.
     """
     from birefnet.video.writing import FORMAT_OF_SUFFIX, FORMATS
 
@@ -220,7 +226,12 @@ def output_of(clip: str, arguments: argparse.Namespace) -> Path:
 
 
 def _read_background(background: str | None):
-    """None, "blur", a colour, a picture, or the path of a clip."""
+    """
+    The value of `--background`: `None` for transparent, `"blur"`, a colour, a picture, or the path of a clip.
+
+    Raises:
+        UsageError: it is none of these, or the picture cannot be read.
+    """
     if background in (None, "transparent"):
         return None
     if background == "blur":
@@ -239,7 +250,8 @@ def _read_background(background: str | None):
         raise UsageError(f"--background {background}: not a readable picture ({error})") from None
 
 
-def _cut_out(clip: str, output: Path, remover, arguments, background: Image.Image | None, report: Report) -> None:
+def _cut_out(clip: str, output: Path, remover, arguments, background, report: Report) -> None:
+    """Cuts the subject out of one clip, and writes frames, notes, seconds and errors into `report`."""
     from birefnet.video.clips import clip_from
     from birefnet.video.stages import Options, write_clip
 

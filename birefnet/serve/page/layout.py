@@ -140,9 +140,10 @@ def _build(gradio, server: Server, sessions: Sessions):
         picture.upload(actions.set_picture, [picture], [picture, status, view], **hidden)
         strip.click(actions.select, None, [strip, view], **hidden)
         clear.click(actions.clear, None, shown["outputs"], **hidden)
-        for control in look:
-            # Sliders report while they are dragged; of what comes meanwhile only the last is looked at.
-            control.change(actions.set_look, look, [status, view], trigger_mode="always_last", **hidden)
+        # One event of all controls: two events could be handled in the wrong order, and the older values would stay.
+        # Sliders report while they are dragged. Of the changes during a call, only the last one is followed.
+        changes = [control.change for control in look]
+        gradio.on(changes, actions.set_look, look, [status, view], trigger_mode="always_last", **hidden)
         view.change(None, [view], None, js="(view) => window.birefnet.show(view)")
         blocks.unload(actions.forget)
     return blocks

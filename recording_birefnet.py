@@ -64,7 +64,7 @@ class RecordedCalls:
             return function(pixel_values)
         if last is None or not last.is_unchanged(network):
             last = Snapshot(network)
-            self.last = last if last.is_recordable() else None
+            self.last = last if last.is_recordable else None
             if self.last is None:
                 return function(pixel_values)
         images = (pixel_values.shape, pixel_values.stride(), pixel_values.dtype)
@@ -101,11 +101,12 @@ class Snapshot:
         self.dictionaries += [getattr(module, name) for module in self.modules for name in contents]
         self.values = list(self.current_values())
         self.tensors = [value for value in self.values if isinstance(value, torch.Tensor)]
-        if self.is_recordable():
+        self.is_recordable = self._is_recordable()
+        if self.is_recordable:
             self.samples = [sample(tensor) for tensor in self.tensors]
             self.numbers = self.current_numbers()
 
-    def is_recordable(self) -> bool:
+    def _is_recordable(self) -> bool:
         """Whether the network is small, in evaluation mode, on a CPU, and nothing watches or hides its tensors."""
         is_watched = any(module._forward_hooks or module._forward_pre_hooks for module in self.modules)
         return (

@@ -159,19 +159,19 @@ with torch.inference_mode():
 # Widely used custom nodes, which load official files into a copy of the published code.
 CUSTOM_NODES_PROGRAM = """
 import sys, importlib.util, torch
-root, name, image, mask = sys.argv[1:]
+root, models, name, photo, mask = sys.argv[1:]
 sys.path.insert(0, root)
 from comfy.cli_args import args
 args.cpu = True
 import comfy.utils, folder_paths
-folder_paths.folder_names_and_paths["birefnet"] = ([str(torch.load(image)["models"])], {".safetensors"})
+folder_paths.folder_names_and_paths["birefnet"] = ([models], {".safetensors"})
 folder = f"{root}/custom_nodes/ComfyUI_BiRefNet_ll"
 spec = importlib.util.spec_from_file_location("nodes_ll", f"{folder}/__init__.py", submodule_search_locations=[folder])
 module = sys.modules["nodes_ll"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 nodes = module.NODE_CLASS_MAPPINGS
 [network] = nodes["LoadRembgByBiRefNetModel"]().load_model(name, "CPU")
-photo = torch.load(image)["photo"]  # (1, H, W, 3)
+photo = torch.load(photo)  # (1, H, W, 3)
 torch.save(nodes["GetMaskByBiRefNet"]().get_mask(network, photo, photo.shape[2], photo.shape[1])[0], mask)
 """
 COMFYUI = os.environ.get("BIREFNET_COMFYUI", "")
@@ -214,9 +214,9 @@ def test_custom_nodes_of_comfyui_compute_the_same(backbone, name, tmp_path):
     assert main(["convert", str(tmp_path / "weights.pth"), str(tmp_path / name), "--to-official"]) == 0
 
     photo = torch.rand(1, 128, 160, 3, generator=torch.Generator().manual_seed(0))
-    torch.save({"models": str(tmp_path), "photo": photo}, tmp_path / "image.pt")
-    paths = [str(tmp_path / "image.pt"), str(tmp_path / "mask.pt")]
-    subprocess.run([sys.executable, "-c", CUSTOM_NODES_PROGRAM, COMFYUI, name, *paths], check=True)
+    torch.save(photo, tmp_path / "photo.pt")
+    values = [COMFYUI, str(tmp_path), name, str(tmp_path / "photo.pt"), str(tmp_path / "mask.pt")]
+    subprocess.run([sys.executable, "-c", CUSTOM_NODES_PROGRAM, *values], check=True)
     mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     with torch.inference_mode():
         expected = model(((photo - mean) / deviation).permute(0, 3, 1, 2)).logits.sigmoid()[:, 0]

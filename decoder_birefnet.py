@@ -10,7 +10,7 @@ from .hardware_birefnet import (
     composes_faster,
     convolve_and_activate,
     convolve_in_blocks,
-    convolve_to_one_channel,
+    convolve_to_few_channels,
     fastest_layout,
 )
 from .layers_birefnet import (
@@ -148,21 +148,37 @@ def convolve_twice(
     both = F.conv_transpose2d(second.to(wide), first.to(wide))  # (out, C, 5, 5), correlation of the two kernels
     both_bias = second_bias.to(wide) + second.to(wide).sum(dim=(2, 3)) @ first_bias.to(wide)
     first, first_bias, second = first.to(dtype), first_bias.to(dtype), second.to(dtype)
-    output = convolve_to_one_channel(maps, both.to(dtype), both_bias.to(dtype), padding=2)
+    output = convolve_to_few_channels(maps, both.to(dtype), both_bias.to(dtype), padding=2)
 
-    def from_outside(edge: torch.Tensor, axis: int, tap: int) -> torch.Tensor:
-        """What the hidden pixels outside an edge add to it, by the second kernel's outer row or column `tap`."""
+    def from_outside(edges: torch.Tensor, axis: int) -> torch.Tensor:
+        """What the hidden pixels outside two edges add to them: (B, 2·C, 1, W) → (B, 2·out, 1, W), or (…, H, 1)."""
         # The hidden pixels outside the rows include the corners, those outside the columns do not.
         paddings = ((0, 2), (0, 0)) if axis == 2 else ((1, 0), (1, 0))
-        hidden = F.conv2d(edge, first.narrow(axis, 2 - tap, 1), first_bias, padding=paddings[0])
-        return F.conv2d(hidden, second.narrow(axis, tap, 1), padding=paddings[1])
+        to_hidden = block_diagonal(first.narrow(axis, 2, 1), first.narrow(axis, 0, 1))
+        to_output = block_diagonal(second.narrow(axis, 0, 1), second.narrow(axis, 2, 1))
+        hidden = F.conv2d(edges, to_hidden, first_bias.repeat(2), padding=paddings[0])
+        return F.conv2d(hidden, to_output, padding=paddings[1])
 
     for axis in (2, 3):  # rows, columns
-        inner = maps.shape[axis] - 2
-        (start, _, end), (start_output, output, end_output) = (x.split([1, inner, 1], axis) for x in (maps, output))
-        edges = start_output - from_outside(start, axis, 0), end_output - from_outside(end, axis, 2)
-        output = torch.cat([edges[0], output, edges[1]], dim=axis)
+        parts = [1, maps.shape[axis] - 2, 1]
+        (start, _, end), (start_output, inner, end_output) = maps.split(parts, axis), output.split(parts, axis)
+        start_excess, end_excess = from_outside(torch.cat([start, end], dim=1), axis).chunk(2, dim=1)
+        output = torch.cat([start_output - start_excess, inner, end_output - end_excess], dim=axis)
     return output
+
+
+def block_diagonal(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """
+    Weight of one convolution that does two, one on the first and one on the second half of the channels.
+
+    Args:
+        first, second: (out, C, k, l).
+
+    Returns:
+        (2·out, 2·C, k, l)
+    """
+    nothing = torch.zeros_like(first)
+    return torch.cat([torch.cat([first, nothing], dim=1), torch.cat([nothing, second], dim=1)])
 
 
 class NeckBlock(GradientCheckpointingLayer):

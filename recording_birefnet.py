@@ -11,6 +11,7 @@ files of the network know nothing of it.
 import itertools
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .hardware_birefnet import is_worth_recording, prepack_convolution
@@ -26,7 +28,9 @@ from .hardware_birefnet import is_worth_recording, prepack_convolution
 # Recordings of a network, which differ in the images' shape. Each has its own copy of the weights.
 RECORDINGS = 2
 # Numbers of each parameter and buffer that are compared in each call. All of them would take 5 ms.
-SAMPLES = 8
+SAMPLES = 4
+# Attributes that every module has.
+MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 
 
@@ -36,7 +40,7 @@ class RecordedCalls:
 
     Calls are equal if the images have the same shape, dtype and memory layout, and the network has the
     same modules, attributes, configuration, parameters and buffers. PyTorch counts the changes of a tensor. It does
-    not count changes in place through `.data`. Those are noticed if they change one of eight numbers of a parameter.
+    not count changes in place through `.data`. Those are noticed if they change one of four numbers of a parameter.
     """
 
     def __init__(self):
@@ -96,11 +100,16 @@ class Snapshot:
         # By shape, strides and dtype of the images. Threads replace the dictionary whole.
         self.programs: dict[tuple, Callable[[torch.Tensor], torch.Tensor]] = {}
         self.modules = list(network.modules())
-        contents = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
-        self.dictionaries = [vars(network.config), *map(vars, self.modules)]
-        self.dictionaries += [getattr(module, name) for module in self.modules for name in contents]
+        self.attributes = [vars(module) for module in self.modules]
+        self.own_attributes = [operator.itemgetter(*own_names(attributes)) for attributes in self.attributes]
+        contents = (vars(module)[name] for module in self.modules for name in ("_parameters", "_buffers", "_modules"))
+        self.contents = [vars(network.config), *filter(None, contents)]
         self.values = list(self.current_values())
-        self.tensors = [value for value in self.values if isinstance(value, torch.Tensor)]
+        self.number = self.current_number()
+        self.next_hook = RemovableHandle.next_id
+        counters = {id(vars(module)["_buffers"].get("num_batches_tracked")) for module in self.modules}
+        tensors = (value for value in self.values if isinstance(value, torch.Tensor))
+        self.tensors = [tensor for tensor in tensors if id(tensor) not in counters]  # only training uses the counters
         self.is_recordable = self._is_recordable()
         if self.is_recordable:
             self.samples = [sample(tensor) for tensor in self.tensors]
@@ -108,30 +117,53 @@ class Snapshot:
 
     def _is_recordable(self) -> bool:
         """Whether the network is small, in evaluation mode, on a CPU, and nothing watches or hides its tensors."""
-        is_watched = any(module._forward_hooks or module._forward_pre_hooks for module in self.modules)
         return (
             is_worth_recording(sum(tensor.numel() for tensor in self.tensors))
-            and not is_watched
+            and not self.is_watched()
             and not any(module.training for module in self.modules)
             # PyTorch does not count the changes of inference tensors.
             and all(tensor.is_cpu and not tensor.is_inference() for tensor in self.tensors)
         )
 
+    def is_watched(self) -> bool:
+        return any(module._forward_hooks or module._forward_pre_hooks for module in self.modules)
+
     def is_unchanged(self, network: nn.Module) -> bool:
+        if self.next_hook != RemovableHandle.next_id:  # somewhere, a hook has been registered
+            if self.is_watched():
+                return False
+            self.next_hook = RemovableHandle.next_id
         return (
             self.modules[0] is network
-            and sum(map(len, self.dictionaries)) == len(self.values)
-            and all(map(operator.is_, self.current_values(), self.values))
+            and self.number == self.current_number()
+            and self.has_same_values()
             and self.numbers == self.current_numbers()
         )
 
+    def has_same_values(self) -> bool:
+        try:
+            return all(map(operator.is_, self.current_values(), self.values))
+        except KeyError:  # an attribute has been deleted and another one added
+            return False
+
+    def current_number(self) -> int:
+        """Number of attributes, parameters, buffers, child modules and options."""
+        return sum(map(len, self.attributes)) + sum(map(len, self.contents))
+
     def current_values(self) -> Iterator:
-        return itertools.chain.from_iterable(map(dict.values, self.dictionaries))
+        """Parameters, buffers, child modules, options and attributes."""
+        attributes = (get(values) for get, values in zip(self.own_attributes, self.attributes, strict=True))
+        return itertools.chain.from_iterable(itertools.chain(map(dict.values, self.contents), attributes))
 
     def current_numbers(self) -> tuple[list[int], list[int], bytes]:
         """Address, number of changes and sample of each tensor."""
         versions = map(operator.attrgetter("_version"), self.tensors)
         return [*map(torch.Tensor.data_ptr, self.tensors)], [*versions], numpy.concatenate(self.samples).tobytes()
+
+
+def own_names(attributes: dict) -> list[str]:
+    """Names of a module's attributes, without the dictionaries of hooks that every module has and nobody replaces."""
+    return ["training", "_modules", *(name for name in attributes if name not in MODULE_ATTRIBUTES)]
 
 
 def sample(tensor: torch.Tensor) -> numpy.ndarray:
@@ -153,9 +185,10 @@ class Recorder(TorchDispatchMode):
     def __init__(self, pixel_values: torch.Tensor):
         super().__init__()
         self.graph = Graph()
-        self.constants = nn.Module()
+        self.images = self.graph.placeholder("pixel_values")
+        self.constants: list[torch.Tensor] = []
         self.nodes = WeakTensorKeyDictionary()  # of each tensor that depends on the images
-        self.nodes[pixel_values] = self.graph.placeholder("pixel_values")
+        self.nodes[pixel_values] = self.images
         self.is_complete = True
 
     def __torch_dispatch__(self, operation, types, arguments=(), options=None):
@@ -190,16 +223,21 @@ class Recorder(TorchDispatchMode):
             return value
         if value in self.nodes:
             return self.nodes[value]
-        name = f"constant{len(self.constants._buffers)}"
-        self.constants.register_buffer(name, value)
-        return self.graph.get_attr(name)
+        self.constants.append(value)
+        with self.graph.inserting_before(self.images):
+            return self.graph.placeholder(f"constant{len(self.constants)}")
 
-    def finish(self, output: torch.Tensor) -> GraphModule | None:
-        """The recording as a function of images, or `None` if it is not complete."""
+    def finish(self, output: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """
+        The recording as a function of images, or `None` if it is not complete.
+
+        The constants are arguments of the recorded function. As attributes of a module, they would be looked up by
+        name in each call.
+        """
         if not (self.is_complete and output in self.nodes):
             return None
         self.graph.output(self.nodes[output])
-        return GraphModule(self.constants, self.graph)
+        return partial(GraphModule(nn.Module(), self.graph).forward, *self.constants)
 
 
 def written_arguments(operation, arguments: Sequence, options: dict) -> list[torch.Tensor]:

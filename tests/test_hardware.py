@@ -230,10 +230,13 @@ def test_convolution_of_parts_equals_that_of_their_concatenation(dtype):
     assert (found - expected).abs().max() < (1e-6 if dtype == torch.float32 else 1e-13) * expected.abs().max()
 
 
-@pytest.mark.parametrize(("width", "padding"), [(32, 2), (48, 1), (40, 2)])
-def test_convolution_to_one_channel_equals_the_operator(width, padding):
+@pytest.mark.parametrize(
+    ("width", "out_channels", "padding"),
+    [(32, 1, 2), (48, 1, 1), (40, 1, 2), (37, 1, 2), (24, 5, 2), (28, 5, 2), (32, 9, 1)],
+)
+def test_convolution_to_few_channels_equals_the_operator(width, out_channels, padding):
     maps = random(2, 3, 20, width).to(memory_format=torch.channels_last)
-    weight, bias = random(1, 3, 2 * padding + 1, 2 * padding + 1, seed=1), random(1, seed=2)
+    weight, bias = random(out_channels, 3, 2 * padding + 1, 2 * padding + 1, seed=1), random(out_channels, seed=2)
     with torch.no_grad():
-        found = hardware.convolve_to_one_channel(maps, weight, bias, padding)
+        found = hardware.convolve_to_few_channels(maps, weight, bias, padding)
     torch.testing.assert_close(found, F.conv2d(maps, weight, bias, padding=padding))

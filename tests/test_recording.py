@@ -2,6 +2,7 @@
 
 import copy
 import io
+from functools import partial
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def record(model, pixel_values=None):
 
 def has_recording(model) -> bool:
     last = model.recorded_calls.last
-    return last is not None and any(isinstance(program, torch.fx.GraphModule) for program in last.programs.values())
+    return last is not None and any(isinstance(program, partial) for program in last.programs.values())
 
 
 def assert_computes(model, pixel_values=None):
@@ -78,8 +79,8 @@ def test_half_precision_weights_are_converted_once(model, dtype, has_arithmetic,
     assert found.dtype == expected.dtype == dtype
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
     (program,) = model.recorded_calls.last.programs.values()
-    constants = [value.dtype for value in program.buffers() if value.ndim == 4]
-    assert set(constants) == {torch.bfloat16 if has_arithmetic else torch.float32}
+    dtypes = {constant.dtype for constant in program.args if constant.ndim == 4}
+    assert dtypes == {torch.bfloat16 if has_arithmetic else torch.float32}
 
 
 def head(model):
@@ -176,7 +177,7 @@ def test_images_of_other_shapes_have_their_own_recordings(model):
         assert_computes(model, pixel_values)
         programs = list(model.recorded_calls.last.programs.values())
         assert len(programs) <= recording.RECORDINGS
-        assert isinstance(programs[-1], torch.fx.GraphModule)
+        assert isinstance(programs[-1], partial)
     for pixel_values in shapes:
         assert_computes(model, pixel_values)
 
@@ -191,6 +192,19 @@ def test_hooks_are_called(model):
     with nn.modules.module.register_module_forward_hook(lambda *_: calls.append(1)):
         record(model)
     assert len(calls) > 10
+
+
+def test_hooks_of_other_modules_do_not_end_the_recording(model):
+    snapshot = record(model).recorded_calls.last
+    nn.Linear(2, 2).register_forward_hook(lambda *_: None)
+    record(model)
+    assert model.recorded_calls.last is snapshot
+
+
+def test_an_attribute_in_place_of_another_one_ends_the_recording(model):
+    snapshot = record(model).recorded_calls.last
+    model.decoder.conv_out1[0].__dict__["renamed"] = model.decoder.conv_out1[0].__dict__.pop("padding_mode")
+    assert not snapshot.is_unchanged(model)
 
 
 def test_replaced_forward_passes_are_called(model, monkeypatch):
@@ -304,5 +318,5 @@ def test_prepacked_convolutions_are_equal(options, layout, mode):
             output = F.conv2d(maps, weight, bias, **options)
         program = recorder.finish(output)
         torch.testing.assert_close(program(others), F.conv2d(others, weight, bias, **options), rtol=1e-4, atol=1e-4)
-    is_prepacked = any(value.layout == torch._mkldnn for value in program.buffers())
+    is_prepacked = any(constant.layout == torch._mkldnn for constant in program.args)
     assert is_prepacked == (layout == torch.channels_last)

@@ -261,6 +261,37 @@ def partition_windows(shape: tuple[int, int, int], size: int, shift: int, like: 
     return WindowPartition(batch, to_windows, is_token, from_windows[:, :height, :width].flatten(), groups)
 
 
+def join_partitions(partitions: list[WindowPartition]) -> WindowPartition:
+    """The partition of several maps whose tokens follow each other. Windows with the same mask become one group."""
+    if len(partitions) == 1:
+        return partitions[0]
+    to_windows, from_windows, is_token, tokens, positions = [], [], [], 0, 0
+    for partition in partitions:
+        to_windows.append(partition.to_windows + tokens)
+        from_windows.append(partition.from_windows + positions)
+        is_token.append(torch.ones_like(to_windows[-1])[:, None] if partition.is_token is None else partition.is_token)
+        tokens, positions = tokens + len(partition.from_windows), positions + len(partition.to_windows)
+    # Window positions group by group instead of map by map.
+    numbers = [[number for number, _ in partition.groups] for partition in partitions]
+    window = positions // sum(map(sum, numbers))
+    position = torch.arange(positions, device=to_windows[0].device)
+    by_map = [
+        own.split([window * number for number in row])
+        for own, row in zip(position.split([window * sum(row) for row in numbers]), numbers, strict=True)
+    ]
+    order = torch.cat([group for same_mask in zip(*by_map, strict=True) for group in same_mask])
+    moved_to = torch.empty_like(order).scatter_(0, order, position)
+    has_padding = any(partition.is_token is not None for partition in partitions)
+    masks = [mask for _, mask in partitions[0].groups]
+    return WindowPartition(
+        batch=sum(partition.batch for partition in partitions),
+        to_windows=torch.cat(to_windows)[order],
+        is_token=torch.cat(is_token)[order] if has_padding else None,
+        from_windows=moved_to[torch.cat(from_windows)],
+        groups=list(zip(map(sum, zip(*numbers, strict=True)), masks, strict=True)),
+    )
+
+
 def shifted_window_masks(size: int, shift: int, like: torch.Tensor) -> list[torch.Tensor | None]:
     """
     Attention masks (w², w²) of the windows inside, of the last column, of the last row and of the corner.
@@ -419,14 +450,23 @@ class SwinStage(nn.Module):
             self.downsample = PatchMerging(dimension)
         self.window_size = window_size
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, H, W, C)
-        shape = hidden_states.shape
-        shifts = {block.shift for block in self.blocks}
-        partitions = {shift: partition_windows(shape[:3], self.window_size, shift, hidden_states) for shift in shifts}
-        hidden_states = hidden_states.reshape(-1, shape[-1])
+    def forward(self, scales: list[torch.Tensor]) -> list[torch.Tensor]:
+        """
+        Args:
+            scales: Maps (B, H, W, C) of the image at each scale. Their windows are computed together.
+        """
+        shapes = [maps.shape for maps in scales]
+        tokens = [maps.reshape(-1, maps.shape[-1]) for maps in scales]
+        numbers = [own_tokens.shape[0] for own_tokens in tokens]
+        hidden_states = tokens[0] if len(tokens) == 1 else torch.cat(tokens)
+        partitions = {}
+        for shift in {block.shift for block in self.blocks}:
+            own = [partition_windows(shape[:3], self.window_size, shift, hidden_states) for shape in shapes]
+            partitions[shift] = join_partitions(own)
         for block in self.blocks:
             hidden_states = block(hidden_states, partitions[block.shift])
-        return hidden_states.view(shape)
+        parts = [hidden_states] if len(tokens) == 1 else hidden_states.split(numbers)
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 class SwinPatchEmbedding(nn.Module):
@@ -446,7 +486,8 @@ class SwinTransformer(nn.Module):
     """
     Swin Transformer v1 (Liu et al., https://arxiv.org/abs/2103.14030) with a LayerNorm on each stage's output.
 
-    Maps (B, 3, H, W) to four feature maps (B, C·2^i, H/4·2^-i, W/4·2^-i), i = 0…3, in channels-last memory.
+    Maps (B, 3, H, W) to four feature maps (B, C·2^i, H/4·2^-i, W/4·2^-i), i = 0…3, in channels-last memory. Several
+    scales of an image can be encoded together: `(full, half)` → four tuples of maps `(full, half)`.
     """
 
     def __init__(self, config):
@@ -471,12 +512,12 @@ class SwinTransformer(nn.Module):
         for i in range(4):
             self.add_module(f"norm{i}", nn.LayerNorm(self.channels[i]))
 
-    def forward(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
-        hidden_states = self.patch_embed(pixel_values)
+    def forward(self, *scales: torch.Tensor) -> list[torch.Tensor] | list[tuple[torch.Tensor, ...]]:
+        maps = [self.patch_embed(pixel_values) for pixel_values in scales]
         features = []
         for i, stage in enumerate(self.layers):
             if i > 0:
-                hidden_states = self.layers[i - 1].downsample(hidden_states)
-            hidden_states = stage(hidden_states)
-            features.append(getattr(self, f"norm{i}")(hidden_states).permute(0, 3, 1, 2))
-        return features
+                maps = [self.layers[i - 1].downsample(own) for own in maps]
+            maps = stage(maps)
+            features.append(tuple(getattr(self, f"norm{i}")(own).permute(0, 3, 1, 2) for own in maps))
+        return features if len(scales) > 1 else [full for (full,) in features]

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from .backbone_birefnet import WindowAttention, create_backbone, relative_position_index
+from .backbone_birefnet import SwinTransformer, WindowAttention, create_backbone, relative_position_index
 from .checkpoint_birefnet import (
     check_backbone,
     check_layout,
@@ -278,12 +278,14 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
         return laterals, x4
 
     def extract_features(self, pixel_values: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
-        features = self.bb(pixel_values)
         if self.config.multi_scale_input is None:
-            return [(full,) for full in features]
+            return [(full,) for full in self.bb(pixel_values)]
         height, width = pixel_values.shape[-2:]
-        half_features = self.bb(resize(pixel_values, (height // 2, width // 2)))
-        return list(zip(features, half_features, strict=True))
+        half = resize(pixel_values, (height // 2, width // 2))
+        # In training, stochastic depth drops the branches of each scale on its own.
+        if isinstance(self.bb, SwinTransformer) and not self.training and not torch.compiler.is_exporting():
+            return self.bb(pixel_values, half)
+        return list(zip(self.bb(pixel_values), self.bb(half), strict=True))
 
     def join_scales(
         self, full: torch.Tensor, half: torch.Tensor | None = None, size: tuple[int, int] | None = None

@@ -14,6 +14,7 @@ from birefnet.repository.backbone_birefnet import (
     SwinBlock,
     SwinTransformer,
     create_backbone,
+    join_partitions,
     partition_windows,
     relative_position_index,
 )
@@ -64,6 +65,38 @@ def test_each_token_is_in_one_window_and_the_rest_is_padding(shift, size):
     else:
         assert torch.equal(partition.is_token.flatten(), is_token.float())
     assert 25 * sum(number for number, _ in partition.groups) == len(partition.to_windows)
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+@pytest.mark.parametrize("sizes", [((10, 15), (5, 10)), ((11, 14), (6, 7)), ((10, 10), (3, 4))])
+def test_joined_partitions_keep_the_windows_and_their_masks(shift, sizes):
+    parts = [partition_windows((2, *size), 5, shift, torch.zeros(())) for size in sizes]
+    joined = join_partitions(parts)
+    numbers = [2 * height * width for height, width in sizes]
+    assert torch.equal(joined.to_windows[joined.from_windows], torch.arange(sum(numbers)))
+
+    def windows(partition, first_token):  # of each group, the tokens of its windows; -1 stands for padding
+        tokens = partition.to_windows + first_token
+        if partition.is_token is not None:
+            tokens = tokens.where(partition.is_token.flatten() > 0, -1)
+        groups = tokens.view(-1, 25).split([number for number, _ in partition.groups])
+        return [group.tolist() for group in groups]
+
+    own = zip(windows(parts[0], 0), windows(parts[1], numbers[0]), strict=True)
+    assert windows(joined, 0) == [full + half for full, half in own]
+    assert len(joined.groups) == (4 if shift else 1)
+    assert all(mask is same for (_, mask), (_, same) in zip(joined.groups, parts[0].groups, strict=True))
+
+
+def test_scales_encoded_together_equal_scales_encoded_alone():
+    torch.manual_seed(0)
+    backbone = SwinTransformer(BiRefNetConfig(backbone="swin_v1_t")).eval()
+    scales = torch.randn(2, 3, 96, 128), torch.randn(2, 3, 48, 64)
+    with torch.no_grad():
+        together, alone = backbone(*scales), [backbone(images) for images in scales]
+    for maps, *expected in zip(together, *alone, strict=True):
+        for found, map_alone in zip(maps, expected, strict=True):
+            torch.testing.assert_close(found, map_alone, rtol=1e-4, atol=1e-5)
 
 
 def attention_with_an_expanded_mask(block, hidden_states):

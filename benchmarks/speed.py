@@ -108,7 +108,7 @@ def environment(device: torch.device, threads: int) -> dict:
     """The conditions of the measurement."""
     on_gpu = device.type == "cuda"
     return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),
         "device": torch.cuda.get_device_name(device) if on_gpu else processor_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": threads,

@@ -189,11 +189,18 @@ def test_every_command_parses(path, capsys):
     for line, code, _ in blocks_of(path, "bash"):
         for command in commands_of(code):
             if (arguments := birefnet_arguments(command)) is not None:
+                need_extra_of(*arguments[:1])
                 check_parses(arguments, f"{path.name}:{line}")
+
+
+def need_extra_of(command: str = ""):
+    if command == "serve":
+        pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_example_of_help_parses(name, capsys):
+    need_extra_of(name)
     parser = build_parser(name)
     epilog = next(action for action in parser._actions if action.dest == "command").choices[name].epilog
     lines = re.sub(r"\s*\\\n\s*", " ", epilog).splitlines()

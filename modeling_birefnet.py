@@ -282,7 +282,8 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
             return [(full,) for full in self.bb(pixel_values)]
         height, width = pixel_values.shape[-2:]
         half = resize(pixel_values, (height // 2, width // 2))
-        # In training, stochastic depth drops the branches of each scale on its own.
+        # In training, stochastic depth drops the branches of each scale on its own. In an exported graph, the batch
+        # may be symbolic, and other runtimes were verified with one scale after the other.
         if isinstance(self.bb, SwinTransformer) and not self.training and not torch.compiler.is_exporting():
             return self.bb(pixel_values, half)
         return list(zip(self.bb(pixel_values), self.bb(half), strict=True))

@@ -103,7 +103,7 @@ class Snapshot:
         self.attributes = [vars(module) for module in self.modules]
         self.own_attributes = [operator.itemgetter(*own_names(attributes)) for attributes in self.attributes]
         contents = (vars(module)[name] for module in self.modules for name in ("_parameters", "_buffers", "_modules"))
-        self.contents = [vars(network.config), *filter(None, contents)]
+        self.contents = [vars(network.config), *contents]
         self.values = list(self.current_values())
         self.number = self.current_number()
         self.next_hook = RemovableHandle.next_id
@@ -163,6 +163,7 @@ class Snapshot:
 
 def own_names(attributes: dict) -> list[str]:
     """Names of a module's attributes, without the dictionaries of hooks that every module has and nobody replaces."""
+    # At least two names, since `itemgetter` gives a tuple only then.
     return ["training", "_modules", *(name for name in attributes if name not in MODULE_ATTRIBUTES)]
 
 

@@ -189,11 +189,11 @@ def test_every_command_parses(path, capsys):
     for line, code, _ in blocks_of(path, "bash"):
         for command in commands_of(code):
             if (arguments := birefnet_arguments(command)) is not None:
-                need_extra_of(*arguments[:1])
+                need_extra_of(arguments[0])
                 check_parses(arguments, f"{path.name}:{line}")
 
 
-def need_extra_of(command: str = ""):
+def need_extra_of(command: str):
     if command == "serve":
         pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 

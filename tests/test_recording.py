@@ -201,6 +201,12 @@ def test_hooks_of_other_modules_do_not_end_the_recording(model):
     assert model.recorded_calls.last is snapshot
 
 
+def test_a_layer_in_an_empty_container_ends_the_recording(model):
+    model.decoder.conv_out1.append(nn.Sequential().eval())
+    record(model).decoder.conv_out1[-1].append(nn.Identity().eval())
+    assert not model.recorded_calls.last.is_unchanged(model)
+
+
 def test_an_attribute_in_place_of_another_one_ends_the_recording(model):
     snapshot = record(model).recorded_calls.last
     model.decoder.conv_out1[0].__dict__["renamed"] = model.decoder.conv_out1[0].__dict__.pop("padding_mode")

@@ -22,7 +22,7 @@ demo: $(VENV)/demo.installed  ## cut the subjects out of three photos into out/
 test: $(VENV)/test.installed  ## check the style and run the tests
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/python -m pytest -m "not hub" $(PYTEST_ARGUMENTS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not hub" -n 2 --dist loadfile $(PYTEST_ARGUMENTS)
 
 test-oldest: $(OLDEST_VENV)/test.installed  ## run the tests with Python 3.10 and the oldest dependencies
 	$(OLDEST_VENV)/bin/python -m pytest -m "not hub" $(OLDEST_LEFT_OUT:%=--ignore tests/%) $(PYTEST_ARGUMENTS)

@@ -18,6 +18,9 @@ from birefnet.repository.configuration_birefnet import BiRefNetConfig
 from birefnet.repository.deformable_birefnet import DeformableConvolution
 from birefnet.repository.hardware_birefnet import compute_plan
 from birefnet.repository.image_processing_birefnet import BiRefNetImageProcessor
+from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
+
+from .conftest import TINY_CONFIG
 
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -215,3 +218,34 @@ def test_error_kinds_add_up_to_the_mean_absolute_error(benchmark):
     # The band around outlines is two pixels wide on either side.
     assert kinds["object missed"] == pytest.approx(26 * 26 / mask.size)
     assert kinds["part missed"] == pytest.approx(8 * 26 / mask.size)
+
+
+def test_a_second_scale_changes_nothing_and_its_new_channels_are_normalized(benchmark):
+    script = benchmark("second_scale")
+    more = {
+        "backbone": "tf_efficientnet_lite0",
+        "context_levels": 3,
+        "squeeze_block": "basic",
+        "source_reference": "patches",
+    }
+    torch.manual_seed(0)
+    old = BiRefNetForImageSegmentation(BiRefNetConfig(**TINY_CONFIG | more)).eval()
+    for norm in old.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.running_mean.uniform_(-0.1, 0.1)
+    new = script.with_second_scale(old)
+    pictures = torch.randn(2, 3, 64, 96)
+    statistics = {name: value.clone() for name, value in old.named_buffers()}
+    script.measure_new_statistics(new, old, [pictures])
+    for name, value in new.named_buffers():
+        old_value = statistics[name]
+        assert torch.equal(value[: len(old_value)] if value.ndim else value, old_value)
+    norm = new.decoder.decoder_block1.bn_out
+    assert norm.running_mean[len(norm.running_mean) // 2 :].abs().min() > 0 and not norm.training
+    with torch.no_grad():
+        expected, found = old(pictures).logits, new(pictures).logits
+        assert (found - expected).abs().max() < 1e-4 * expected.std()
+        new.decoder.conv_out1[0].weight[:, -1] += 1  # a channel of the second scale
+        assert (new(pictures).logits - expected).abs().max() > 1e-2 * expected.std()
+    with pytest.raises(ValueError, match="has two scales"):
+        script.with_second_scale(new)

@@ -17,6 +17,7 @@ from birefnet.hub.folders import write_folder, written_whole
 from birefnet.inference.loading import load_model
 from birefnet.training.augmentation import resize_batch, size_before_crop
 from birefnet.training.dataset import MattingDataset
+from birefnet.training.trainer import freeze_statistics
 
 
 # Losses of the last training runs of the embedded weights (docs/embedded-weights.md).
@@ -36,6 +37,8 @@ class Training:
         self.device = torch.device(arguments.device)
         self.model, self.processor = load_model(arguments.model or repository_folder())
         self.model.to(self.device, memory_format=torch.channels_last).train()
+        if self.model.config.multi_scale_input is not None:
+            freeze_statistics(self.model.bb)  # they would become a mix of both scales, as in `birefnet train`
         self.model.loss_function.weights = dict(LOSS_WEIGHTS)
         self.size = (arguments.size or self.processor.size["height"],) * 2
         mean, deviation = self.processor.image_mean, self.processor.image_std

@@ -4,10 +4,10 @@
     bash benchmarks/gpu/train.sh --device cpu --tiny --data … --validation-data …      # to test this script
     python benchmarks/gpu/train.py --assemble out/train --output better                # a model folder from the result
 
-All photos are in GPU memory, where batches are flipped, cropped and changed in colour. The network is compiled and
-computes in bfloat16. The learning rate follows a cosine over the time that there is, whatever the number of updates.
-The moving average of the weights is validated at intervals, and the best one is kept: `weights-*.safetensors`
-(float16), `curve.json` and `curve.png` are written anew after each validation.
+All photos are in GPU memory, where batches are flipped and cropped, and with `--color` changed in colour. The network
+is compiled and computes in bfloat16. The learning rate follows a cosine over the time that there is, whatever the
+number of updates. The moving average of the weights is validated at intervals, and the best one is kept:
+`weights-*.safetensors` (float16), `curve.json` and `curve.png` are written anew after each validation.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-grad-norm", type=float, default=100.0)
     parser.add_argument("--ema-decay", type=float, default=0.999)
     parser.add_argument("--crop", type=float, default=0.7, help="smallest share of a side that a crop keeps")
-    parser.add_argument("--color", type=float, default=0.3, help="largest change of brightness, contrast, saturation")
+    parser.add_argument("--color", type=float, default=0.0, help="largest change of brightness, contrast, saturation")
     parser.add_argument("--validate-every", type=float, default=45, help="seconds between validations")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--seed", type=int, default=0)

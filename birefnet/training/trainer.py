@@ -43,7 +43,8 @@ class BiRefNetTrainer(Trainer):
         on_bad_loss: What to do with a batch whose loss is not finite: "skip" skips the update, "stop" raises.
         batch_statistics: Whether batch norms use the statistics of the batch and update their running statistics.
             If `False`, the running statistics are used and stay as they are. The same holds, whatever is given here,
-            for batches of one photo and for a backbone that is not trained.
+            for batches of one photo, for a backbone that is not trained, and for a pretrained backbone that sees two
+            scales: its running statistics would be a mix of both scales, which fits neither of them.
         kwargs: Arguments of `Trainer`. `processing_class` is the image processor; its mean and standard deviation
             normalize the pictures.
     """
@@ -66,6 +67,9 @@ class BiRefNetTrainer(Trainer):
         self.backbone_learning_rate = backbone_learning_rate
         self.on_bad_loss = on_bad_loss
         self.batch_statistics = batch_statistics
+        self.keeps_backbone_statistics = not any(p.requires_grad for p in self.model.bb.parameters()) or (
+            self.model.config.multi_scale_input is not None and has_statistics(self.model.bb)
+        )
         self.bad_names: list[str] = []
         if self.args.device.type == "cpu":
             self.model.to(memory_format=torch.channels_last)  # faster convolutions: docs/performance.md, "Training"
@@ -140,7 +144,7 @@ class BiRefNetTrainer(Trainer):
             images, labels = augment_batch(images, labels, self._next_size(), self.augmentation)
         if not self.batch_statistics or len(images) == 1:
             freeze_statistics(model)
-        elif not any(p.requires_grad for n, p in self.model.named_parameters() if _in_backbone(n)):
+        elif self.keeps_backbone_statistics:
             freeze_statistics(self.model.bb)
         outputs = model(pixel_values=self._normalized(images), labels=labels)
         for name, value in outputs.loss_terms.items():
@@ -271,6 +275,12 @@ def freeze_statistics(model):
     for module in model.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.eval()
+
+
+def has_statistics(model) -> bool:
+    """Whether a model has batch norms with statistics from a training. In a new model all means are 0."""
+    norms = (m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm))
+    return any(norm.running_mean is not None and norm.running_mean.any() for norm in norms)
 
 
 def _statistics(model) -> list[torch.Tensor]:

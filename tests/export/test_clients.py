@@ -43,7 +43,10 @@ def test_transformers_js(embedded_folder, run_node, photo, tmp_path):
     run_node("background_removal.mjs", folder, photo, tmp_path / "alpha", *names)
     for name, dtype in names.items():
         expected = python_alpha(photo, model=str(folder), runtime="onnx", dtype=dtype)
-        assert np.abs(read_alpha(tmp_path / f"alpha.{name}") - expected).max() <= 2
+        difference = np.abs(read_alpha(tmp_path / f"alpha.{name}") - expected)
+        # The int8 kernels of WASM and of the processor round differently. Undecided pixels on edges show it.
+        assert difference.max() <= (20 if dtype == "int8" else 2)
+        assert (difference > 2).mean() <= 1e-3
 
 
 def test_a_published_repository_serves_python_and_transformers_js(tiny_model_folder, run_node, tmp_path):

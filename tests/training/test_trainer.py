@@ -282,3 +282,15 @@ def test_statistics_of_a_frozen_backbone_stay(dataset, tmp_path):
     make_trainer(dataset, tmp_path, model).train()
     changed = {key for key, value in model.named_buffers() if not torch.equal(value, before[key])}
     assert changed and not any(key.startswith("bb.") for key in changed)
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_statistics_of_a_pretrained_backbone_that_sees_two_scales_stay(dataset, tmp_path, pretrained):
+    model = BiRefNetForImageSegmentation(BiRefNetConfig(**TINY_CONFIG | {"multi_scale_input": "concat"}))
+    if pretrained:
+        next(value for key, value in model.named_buffers() if key.endswith("running_mean")).fill_(0.1)
+    before = {key: value.clone() for key, value in model.named_buffers()}
+    make_trainer(dataset, tmp_path, model).train()
+    changed = {key for key, value in model.named_buffers() if not torch.equal(value, before[key])}
+    assert any(key.startswith("decoder.") for key in changed)
+    assert any(key.startswith("bb.") for key in changed) != pretrained

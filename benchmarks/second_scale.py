@@ -20,6 +20,7 @@ from birefnet.inference.loading import load_model
 from birefnet.training.dataset import MattingDataset
 
 
+NOT_POSSIBLE = "Only networks of basic blocks whose channels are multiples of 8 can be widened."
 CARD = "# BiRefNet\n\nA second scale was added by `benchmarks/second_scale.py` and is not yet trained.\n"
 
 
@@ -34,7 +35,10 @@ def main():
     arguments = parser.parse_args()
     old, processor = load_model(arguments.model)
     torch.manual_seed(arguments.seed)
-    new = with_second_scale(old)
+    try:
+        new = with_second_scale(old)
+    except ValueError as error:
+        parser.error(str(error))
     pairs = read_pairs(arguments.data)
     pairs = random.Random(arguments.seed).sample(pairs, min(arguments.photos, len(pairs)))
     size = (processor.size["height"], processor.size["width"])
@@ -65,6 +69,8 @@ def with_second_scale(old):
         if value.shape == weight.shape:
             value.copy_(weight)
             continue
+        if any(new_size not in (size, 2 * size) for new_size, size in zip(value.shape, weight.shape, strict=True)):
+            raise ValueError(NOT_POSSIBLE)
         rows = len(weight)
         value[:rows] = 0
         if weight.ndim == 1:
@@ -74,7 +80,7 @@ def with_second_scale(old):
     picture = torch.randn(1, 3, 256, 256)
     expected, found = (network.compute_as_planned(picture).logits for network in (old.eval(), new))
     if (found - expected).abs().max() > 1e-4 * expected.std():
-        raise ValueError("Only networks of basic blocks whose channels are multiples of 8 can be widened.")
+        raise ValueError(NOT_POSSIBLE)
     return new
 
 

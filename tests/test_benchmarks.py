@@ -249,3 +249,6 @@ def test_a_second_scale_changes_nothing_and_its_new_channels_are_normalized(benc
         assert (new(pictures).logits - expected).abs().max() > 1e-2 * expected.std()
     with pytest.raises(ValueError, match="has two scales"):
         script.with_second_scale(new)
+    other = BiRefNetForImageSegmentation(BiRefNetConfig(**TINY_CONFIG | more | {"backbone": "rexnet_100"}))
+    with pytest.raises(ValueError, match="multiples of 8"):
+        script.with_second_scale(other)

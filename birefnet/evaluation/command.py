@@ -358,6 +358,7 @@ def make_predictor(arguments: argparse.Namespace) -> tuple[Predictor, dict, dict
 def describe_model(name: str | None, model) -> dict:
     """Returns the entry `model` of the result file: name, weights and size. A folder's path is not included."""
     from huggingface_hub import snapshot_download
+    from transformers import PreTrainedModel
 
     from birefnet import repository_folder
     from birefnet.evaluation.card import weights_hashes
@@ -368,12 +369,10 @@ def describe_model(name: str | None, model) -> dict:
         folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
     elif name:
         name = folder.resolve().name
-    return {
-        "name": name or "embedded weights",
-        "is_baseline": False,
-        "weights_sha256": weights_hashes(folder),
-        "parameters": model.num_parameters(),
-    }
+    entry = {"name": name or "embedded weights", "is_baseline": False, "weights_sha256": weights_hashes(folder)}
+    if isinstance(model, PreTrainedModel):  # an exported network keeps no parameters that could be counted
+        entry["parameters"] = model.num_parameters()
+    return entry
 
 
 def describe_settings(remover, arguments: argparse.Namespace) -> dict:

@@ -19,7 +19,7 @@ from birefnet.repository.image_processing_birefnet import BiRefNetImageProcessor
 from birefnet.repository.modeling_birefnet import BiRefNetForImageSegmentation
 from birefnet.repository.pipeline_birefnet import BiRefNetPipeline
 
-from .. import reference_weights
+from .. import drawn_photos, reference_weights
 
 
 slow = pytest.mark.skipif(os.environ.get("BIREFNET_SLOW") != "1", reason="takes minutes: set BIREFNET_SLOW=1")
@@ -218,3 +218,19 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(CommandError, match=r"birefnet-transformers\[export\]"):
         BiRefNetOnnxModel(tmp_path / "model.onnx", load_model)
+
+
+def test_an_exported_file_is_evaluated(embedded_folder, tmp_path):
+    pytest.importorskip("py_sod_metrics")
+    photos = drawn_photos.write_folder(tmp_path / "photos", "ab", size=(96, 64))
+    results = []
+    for name, options in {
+        "exported": ["--model", str(embedded_folder[0]), "--runtime", "onnx"],
+        "embedded": [],
+    }.items():
+        file = tmp_path / f"{name}.json"
+        assert main(["evaluate", str(photos), *options, "--json", str(file)]) == 0
+        results.append(json.loads(file.read_text()))
+    exported, embedded = results
+    assert exported["measures"]["MAE"] == pytest.approx(embedded["measures"]["MAE"], abs=1e-3)
+    assert "parameters" in embedded["model"] and "parameters" not in exported["model"]

@@ -116,14 +116,12 @@ def first_halves(parts: list[int]) -> torch.Tensor:
 @torch.no_grad()
 def measure_new_statistics(new, old, batches):
     """Set the running statistics of new channels to their mean and variance over batches of pictures (B, 3, H, W)."""
-    before = {name: value.clone() for name, value in new.named_buffers()}
     norms = dict(old.named_modules())
     grown = {
         name: norm
         for name, norm in new.named_modules()
         if isinstance(norm, torch.nn.BatchNorm2d) and norm.num_features != norms[name].num_features
     }
-    momenta = {name: norm.momentum for name, norm in grown.items()}
     for norm in grown.values():
         norm.reset_running_stats()
         norm.momentum = None  # the mean over all batches
@@ -131,11 +129,11 @@ def measure_new_statistics(new, old, batches):
     for batch in batches:
         new.compute_as_planned(batch)
     for name, norm in grown.items():
-        kept = norms[name].num_features
-        norm.running_mean[:kept] = before[f"{name}.running_mean"][:kept]
-        norm.running_var[:kept] = before[f"{name}.running_var"][:kept]
-        norm.num_batches_tracked.copy_(before[f"{name}.num_batches_tracked"])
-        norm.momentum = momenta[name]
+        known = norms[name]
+        norm.running_mean[: known.num_features] = known.running_mean
+        norm.running_var[: known.num_features] = known.running_var
+        norm.num_batches_tracked.copy_(known.num_batches_tracked)
+        norm.momentum = known.momentum
         norm.eval()
 
 

@@ -224,10 +224,8 @@ def test_an_exported_file_is_evaluated(embedded_folder, tmp_path):
     pytest.importorskip("py_sod_metrics")
     photos = drawn_photos.write_folder(tmp_path / "photos", "ab", size=(96, 64))
     results = []
-    for name, options in {
-        "exported": ["--model", str(embedded_folder[0]), "--runtime", "onnx"],
-        "embedded": [],
-    }.items():
+    of_the_file = ["--model", str(embedded_folder[0]), "--runtime", "onnx"]
+    for name, options in (("exported", of_the_file), ("embedded", [])):
         file = tmp_path / f"{name}.json"
         assert main(["evaluate", str(photos), *options, "--json", str(file)]) == 0
         results.append(json.loads(file.read_text()))

@@ -16,9 +16,12 @@ OPSET = 22
 # In steps of 32 pixels. One step would make maps of one pixel, which exporters take for constants.
 STEPS = (2, 128)
 
-# float16 files store constants of more than this many numbers in float16. They are most of the file. Rounding the
-# others costs most of the accuracy: the first layers of a network are small.
+# float16 and int8 files round constants of more than this many numbers. They are most of the file. Rounding the others
+# costs most of the accuracy: the first layers of a network are small.
 LARGE = 2**16
+
+# The operators of layers. Their second input is the weight.
+WEIGHTED = ("Conv", "DeformConv", "Gemm", "MatMul")
 
 # Size of the samples that one DeformConv stores: small enough for a processor's cache, large enough for all cores.
 SAMPLES_BYTES = 16 * 2**20
@@ -307,7 +310,27 @@ def write_onnx(program, path: Path) -> None:
     del graph.opset_import[:]
     graph.opset_import.extend(kept)
     del graph.metadata_props[:]
+    merge_equal_constants(graph)
     save_onnx(graph, path)
+
+
+def merge_equal_constants(graph) -> None:
+    """
+    Leaves one of the constants of an `onnx.ModelProto` that are equal.
+
+    A network with two scales calls its backbone twice. Where ONNX Runtime includes a batch norm in the convolution
+    before it, it does so for each call, and the weights are in the graph twice.
+    """
+    from hashlib import sha256
+
+    first, replaced = {}, {}
+    for tensor in list(graph.graph.initializer):
+        content = (tensor.data_type, tuple(tensor.dims), sha256(tensor.raw_data).digest())
+        if tensor.raw_data and first.setdefault(content, tensor.name) != tensor.name:
+            replaced[tensor.name] = first[content]
+            graph.graph.initializer.remove(tensor)
+    for node in graph.graph.node:
+        node.input[:] = [replaced.get(name, name) for name in node.input]
 
 
 def save_onnx(graph, path: Path) -> None:
@@ -370,47 +393,50 @@ def halve_large_layers(graph) -> None:
 
 
 def write_onnx_int8(source: Path, path: Path) -> None:
-    """
-    Writes a float32 file's weights in int8, one scale for each output channel. Matrix products and convolutions round
-    their inputs at runtime, so nothing has to be calibrated; deformable convolutions compute in float32.
-    """
+    """Writes a float32 file's large weights in int8. The network computes in float32."""
     import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    with _quiet():
-        quantize_dynamic(
-            str(source),
-            str(path),
-            op_types_to_quantize=["MatMul", "Gemm", "Conv"],
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-            use_external_data_format=source.with_name(f"{source.name}_data").exists(),
-        )
-    graph = onnx.load(str(path))
-    round_deformable_weights(graph)
+    graph = onnx.load(str(source))
+    round_large_weights(graph)
     save_onnx(graph, path)
 
 
-def round_deformable_weights(graph) -> None:
+def round_large_weights(graph) -> None:
     """
-    Stores the weights of an `onnx.ModelProto`'s deformable convolutions in int8. Runtimes restore them when they load
-    the file, as no runtime computes this operator in int8.
+    Stores the large weights of an `onnx.ModelProto` in int8, with one scale for each output channel.
+
+    A runtime restores them once, when it loads the file: it computes whatever depends on constants only, here `Cast`
+    and `Mul`. So the network is as fast as in float32, and no activation is rounded. ONNX Runtime keeps
+    `DequantizeLinear` for every call, and its dynamic quantization also rounds the inputs of the layers: that spoils
+    the mattes of small networks, and it is slower than float32.
     """
     import numpy as np
-    from onnx import helper, numpy_helper
+    from onnx import TensorProto, helper, numpy_helper
 
-    names = {node.input[1] for node in graph.graph.node if node.op_type == "DeformConv"}
-    weights = [tensor for tensor in graph.graph.initializer if tensor.name in names]
+    constants = {x.name: x for x in graph.graph.initializer if x.data_type == TensorProto.FLOAT}
+    weights = {
+        node.input[1]: node for node in graph.graph.node if node.op_type in WEIGHTED and node.input[1] in constants
+    }
     nodes = []
-    for tensor in weights:
-        values = numpy_helper.to_array(tensor)  # (out, C, k, k)
-        scale = np.maximum(np.abs(values).reshape(len(values), -1).max(axis=1), 1e-30) / 127
-        levels = np.round(values / scale.reshape(-1, 1, 1, 1)).astype(np.int8)
-        inputs = [f"{tensor.name}_quantized", f"{tensor.name}_scale"]
-        for name, array in zip(inputs, (levels, scale.astype(np.float32)), strict=True):
-            graph.graph.initializer.append(numpy_helper.from_array(array, name))
-        graph.graph.initializer.remove(tensor)
-        nodes.append(helper.make_node("DequantizeLinear", inputs, [tensor.name], axis=0))
+    for name, node in weights.items():
+        values = numpy_helper.to_array(constants[name])
+        if values.size <= LARGE:
+            continue
+        others = tuple(axis for axis in range(values.ndim) if axis != _output_axis(node, values.ndim))
+        scale = np.maximum(np.abs(values).max(axis=others, keepdims=True), 1e-30) / 127
+        stored = {f"{name}_int8": np.round(values / scale).astype(np.int8), f"{name}_scale": scale.astype(np.float32)}
+        graph.graph.initializer.remove(constants[name])
+        graph.graph.initializer.extend(numpy_helper.from_array(array, key) for key, array in stored.items())
+        nodes.append(helper.make_node("Cast", [f"{name}_int8"], [f"{name}_levels"], to=TensorProto.FLOAT))
+        nodes.append(helper.make_node("Mul", [f"{name}_levels", f"{name}_scale"], [name]))
     nodes.extend(graph.graph.node)
     del graph.graph.node[:]
     graph.graph.node.extend(nodes)
+
+
+def _output_axis(node, dimensions: int) -> int:
+    """The axis of a layer's weight that counts its output channels."""
+    if node.op_type == "MatMul":
+        return dimensions - 1
+    is_transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+    return 1 if node.op_type == "Gemm" and not is_transposed else 0

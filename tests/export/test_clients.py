@@ -43,8 +43,7 @@ def test_transformers_js(embedded_folder, run_node, photo, tmp_path):
     run_node("background_removal.mjs", folder, photo, tmp_path / "alpha", *names)
     for name, dtype in names.items():
         expected = python_alpha(photo, model=str(folder), runtime="onnx", dtype=dtype)
-        difference = np.abs(read_alpha(tmp_path / f"alpha.{name}") - expected)
-        assert difference.max() <= 2
+        assert np.abs(read_alpha(tmp_path / f"alpha.{name}") - expected).max() <= 2
 
 
 def test_a_published_repository_serves_python_and_transformers_js(tiny_model_folder, run_node, tmp_path):

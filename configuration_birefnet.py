@@ -88,8 +88,8 @@ class BiRefNetConfig(PreTrainedConfig):
         multi_scale_supervision (`bool`, *optional*, defaults to `True`):
             Whether the three deeper decoder stages predict a mask in training.
         drop_path_rate (`float`, *optional*, defaults to 0.2):
-            Stochastic depth rate of the last backbone block, in [0, 1). The rate rises linearly from 0 over the
-            blocks.
+            Stochastic depth rate of the last block of a Swin backbone, in [0, 1). The rate rises linearly from 0 over
+            the blocks. Other backbones have no stochastic depth.
         freeze_backbone (`bool`, *optional*, defaults to `False`):
             Whether the backbone's parameters are excluded from training.
         task (`str`, *optional*, defaults to `"general"`):

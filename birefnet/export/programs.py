@@ -224,10 +224,8 @@ class OnnxProgram:
     def write(self, dtype: str, name: str) -> Path:
         """Writes the file of a dtype under this name and returns its path."""
         path = self.exact.with_name(name)
-        if dtype == "float16":
-            write_onnx_float16(self.exact, path)
-        elif dtype == "int8":
-            write_onnx_int8(self.exact, path)
+        if dtype in ONNX_ROUNDINGS:
+            write_rounded_onnx(self.exact, path, dtype)
         return path
 
 
@@ -342,12 +340,12 @@ def save_onnx(graph, path: Path) -> None:
     onnx.save(graph, str(path), **location)
 
 
-def write_onnx_float16(source: Path, path: Path) -> None:
-    """Writes a float32 file's large weights in float16. Their layers compute in float16, and the others in float32."""
+def write_rounded_onnx(source: Path, path: Path, dtype: str) -> None:
+    """Writes a float32 file's large weights in "float16" or "int8"."""
     import onnx
 
     graph = onnx.load(str(source))
-    halve_large_layers(graph)
+    ONNX_ROUNDINGS[dtype](graph)
     save_onnx(graph, path)
 
 
@@ -392,15 +390,6 @@ def halve_large_layers(graph) -> None:
     graph.graph.node.extend([*restored, *nodes])
 
 
-def write_onnx_int8(source: Path, path: Path) -> None:
-    """Writes a float32 file's large weights in int8. The network computes in float32."""
-    import onnx
-
-    graph = onnx.load(str(source))
-    round_large_weights(graph)
-    save_onnx(graph, path)
-
-
 def round_large_weights(graph) -> None:
     """
     Stores the large weights of an `onnx.ModelProto` in int8, with one scale for each output channel.
@@ -440,3 +429,6 @@ def _output_axis(node, dimensions: int) -> int:
         return dimensions - 1
     is_transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
     return 1 if node.op_type == "Gemm" and not is_transposed else 0
+
+
+ONNX_ROUNDINGS = {"float16": halve_large_layers, "int8": round_large_weights}

@@ -72,7 +72,7 @@ ARCHITECTURE_FIELDS = {
 }
 # Fields of BiRefNetConfig that change only the training. They are allowed in fine-tuning too.
 LEARNING_FIELDS = {
-    "drop_path_rate": "stochastic depth, in [0, 1)",
+    "drop_path_rate": "stochastic depth of a Swin backbone, in [0, 1)",
     "freeze_backbone": "true leaves the backbone as it is",
     "task": "chooses losses and recipe: dis, general or matting",
     "loss_weights": """instead of the task's: JSON such as '{"bce": 30, "ssim": 10}'""",
@@ -426,6 +426,8 @@ def _fill_in(arguments: argparse.Namespace, recipe: Recipe):
 
 def build_model(arguments: argparse.Namespace):
     """Builds the network, new or with trained weights, and the image processor at the training resolution."""
+    from birefnet.repository.configuration_birefnet import SWIN_BACKBONES
+
     learning = {field: value for field, value in vars(arguments).items() if field in LEARNING_FIELDS}
     if from_scratch(arguments):
         model, processor = _new_model(arguments, learning)
@@ -433,6 +435,11 @@ def build_model(arguments: argparse.Namespace):
         if arguments.imagenet_backbone:
             raise UsageError("--imagenet-backbone is for training from scratch: name a --backbone or --init-config.")
         model, processor = load_model(arguments.model or repository_folder(), **learning)
+    if learning.get("drop_path_rate") and model.config.backbone not in SWIN_BACKBONES:
+        raise UsageError(
+            f"--drop-path-rate: backbone {model.config.backbone!r} has no stochastic depth. Leave the option out, "
+            f"or train one of {', '.join(SWIN_BACKBONES)}."
+        )
     if arguments.lora_rank:
         add_low_rank_adapters(model, arguments.lora_rank)
     if arguments.gradient_checkpointing:

@@ -86,7 +86,7 @@ def test_large_weights_in_int8(operator, shape, axis, attributes, tmp_path):
     graph = onnx.helper.make_graph(nodes, "layer", values[:1], values[1:], constants)
     operators = [onnx.helper.make_opsetid("", programs.OPSET)]
     onnx.save(onnx.helper.make_model(graph, opset_imports=operators, ir_version=10), tmp_path / "exact.onnx")
-    programs.write_onnx_int8(tmp_path / "exact.onnx", tmp_path / "int8.onnx")
+    programs.write_rounded_onnx(tmp_path / "exact.onnx", tmp_path / "int8.onnx", "int8")
 
     stored = {x.name: x.data_type for x in onnx.load(tmp_path / "int8.onnx").graph.initializer}
     assert stored == {"weight_int8": onnx.TensorProto.INT8, "weight_scale": 1, "bias": 1}

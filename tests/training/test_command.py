@@ -287,6 +287,16 @@ def test_structure_and_model_exclude_each_other(photos, tiny_model_folder, tmp_p
         training.train(options(photos, tmp_path, "--model", tiny_model_folder, "--imagenet-backbone", new=False))
 
 
+def test_stochastic_depth_is_refused_where_it_does_nothing(photos, tiny_model_folder, tmp_path):
+    other = ("--model", tiny_model_folder, "--drop-path-rate")
+    with pytest.raises(UsageError, match="--drop-path-rate: backbone .* swin_v1_t"):
+        training.build_model(options(photos, tmp_path, *other, "0.1", new=False))
+    assert training.build_model(options(photos, tmp_path, *other, "0", new=False))
+    swin = options(photos, tmp_path, "--backbone", "swin_v1_t", "--drop-path-rate", "0.1", new=False)
+    model, _ = training.build_model(swin)
+    assert model.bb.layers[-1].blocks[-1].drop_path.rate == 0.1
+
+
 def test_backbone_starts_from_a_file(photos, tmp_path):
     import timm
 
